@@ -1,0 +1,81 @@
+"""Map-style sets of samples, in numpy: the same sets feed training and the evaluation of an engine without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from compressor.errors import RequestError
+
+__all__ = ["ArrayDataset", "DataInfo", "Dataset", "Sample"]
+
+Sample = dict[str, Any]
+"""Fields by name (numpy arrays or scalars); every sample carries its own ``index``."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What is known of a set as a whole.
+
+    Attributes:
+        name: For people.
+        fingerprint: Changes whenever the samples change; part of the fingerprints of runs.
+        classes: Names of the classes, empty where there are none.
+        shape: Shape of an image, (C, H, W).
+        value_range: Lowest and highest value of a pixel.
+    """
+
+    name: str
+    fingerprint: str
+    classes: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+    value_range: tuple[float, float] = (0.0, 1.0)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Dataset(Protocol):
+    """A map-style set of samples."""
+
+    info: DataInfo
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+@dataclass(frozen=True)
+class ArrayDataset:
+    """A set held in arrays whose first axis counts the samples.
+
+    Args:
+        info: What is known of it.
+        fields: Arrays by field name, all of one length.
+        transform: Applied to each sample (a fresh dict) on access.
+    """
+
+    info: DataInfo
+    fields: Mapping[str, np.ndarray[Any, Any]]
+    transform: Callable[[Sample], Sample] | None = None
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(values) for name, values in self.fields.items()}
+        if not lengths or len(set(lengths.values())) != 1:
+            raise RequestError(f"the fields of the set {self.info.name!r} differ in length: {lengths}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.fields.values())))
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = {name: values[index] for name, values in self.fields.items()} | {"index": index}
+        return self.transform(sample) if self.transform else sample
+
+    def join(self, result: Mapping[str, np.ndarray[Any, Any]]) -> ArrayDataset:
+        """Return the set with more fields, one row a sample (cached features, codes, proposals)."""
+        return ArrayDataset(self.info, {**self.fields, **result}, self.transform)
+
+    def select(self, keep: np.ndarray[Any, Any]) -> ArrayDataset:
+        """Return the samples of the given indices (or boolean mask)."""
+        return ArrayDataset(self.info, {name: values[keep] for name, values in self.fields.items()}, self.transform)

@@ -1,0 +1,78 @@
+"""Which indices make batch i: pure functions, so that a position in the data is one integer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from compressor.errors import RequestError
+
+__all__ = ["PerField", "Sampler", "Sequential", "Shuffled", "WithReplacement"]
+
+Rng = Callable[[int], np.random.Generator]
+
+
+class Sampler(Protocol):
+    """Indices of batch ``i``: ``size`` numbers below ``length``; ``rng(k)`` gives the k-th independent generator."""
+
+    def __call__(self, i: int, size: int, length: int, rng: Rng) -> Sequence[int]: ...
+
+
+def _positions(i: int, size: int, length: int) -> list[tuple[int, int]]:
+    """(epoch, place) of each sample of batch i in an endless concatenation of epochs."""
+    return [divmod(position, length) for position in range(i * size, (i + 1) * size)]
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every sample once an epoch, in a new order each epoch; batches run on across the epochs' ends."""
+
+    def __call__(self, i: int, size: int, length: int, rng: Rng) -> Sequence[int]:
+        orders: dict[int, np.ndarray[Any, Any]] = {}
+        indices = []
+        for epoch, place in _positions(i, size, length):
+            if epoch not in orders:
+                orders[epoch] = rng(epoch).permutation(length)
+            indices.append(int(orders[epoch][place]))
+        return indices
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """In order, from the start again at the end."""
+
+    def __call__(self, i: int, size: int, length: int, rng: Rng) -> Sequence[int]:
+        return [place for _, place in _positions(i, size, length)]
+
+
+@dataclass(frozen=True)
+class WithReplacement:
+    """Independent uniform draws."""
+
+    def __call__(self, i: int, size: int, length: int, rng: Rng) -> Sequence[int]:
+        return [int(k) for k in rng(i).integers(0, length, size)]
+
+
+@dataclass(frozen=True)
+class PerField:
+    """Equal parts for every value of a field: class blocks, or as many samples of each domain.
+
+    Args:
+        values: The field's value of every sample, e.g. the labels.
+    """
+
+    values: tuple[int, ...]
+
+    def __call__(self, i: int, size: int, length: int, rng: Rng) -> Sequence[int]:
+        kinds = sorted(set(self.values))
+        if size % len(kinds):
+            raise RequestError(f"a batch of {size} cannot hold {len(kinds)} classes in equal parts: use a multiple")
+        values, draw, indices = np.asarray(self.values), rng(i), []
+        for kind in kinds:
+            members = np.flatnonzero(values == kind)
+            each = size // len(kinds)
+            indices += [int(k) for k in draw.choice(members, each, replace=len(members) < each)]
+        return indices
