@@ -1,0 +1,1 @@
+"""Methods that distil image classifiers."""
