@@ -1,0 +1,1 @@
+"""Methods that distil a data set into a few images."""
