@@ -1,0 +1,1 @@
+"""Methods that distil semantic segmentation networks."""
