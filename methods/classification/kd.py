@@ -1,0 +1,58 @@
+"""KD (Hinton, Vinyals & Dean 2015, arXiv 1503.02531): learn from the teacher's softened class probabilities.
+
+The student matches the teacher's softmax at a raised temperature, where the small probabilities tell which classes
+resemble each other, and the labels at temperature 1. Trained and exported: the student.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressor.losses.divergence import kl_divergence
+from compressor.losses.precision import at_least_float32
+
+__all__ = ["kd_objective", "soft_target_loss"]
+
+
+def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
+    """``T ** 2 * KL(softmax(teacher / T) || softmax(student / T))``, mean over the batch.
+
+    Eq. 1 gives the softened probabilities; section 2 multiplies the soft objective by ``T ** 2``, so that its gradient
+    keeps its size when T changes. The paper's soft objective is the cross-entropy, whose gradient is the same.
+
+    Args:
+        student_logits: ``(N, C)`` float.
+        teacher_logits: ``(N, C)`` float; detached.
+        temperature: T, above 0.
+
+    Returns:
+        Scalar in nats, at least 0.
+    """
+    return temperature**2 * kl_divergence(student_logits, teacher_logits, temperature=temperature)
+
+
+def kd_objective(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    soft_weight: float = 0.9,
+) -> Tensor:
+    """Weighted average of the soft objective and the cross-entropy with the labels (section 2).
+
+    Args:
+        student_logits: ``(N, C)`` float.
+        teacher_logits: ``(N, C)`` float; detached.
+        labels: ``(N,)`` int64 in ``0..C-1``.
+        temperature: T of the soft objective, above 0.
+        soft_weight: Weight of the soft objective, in [0, 1]; the labels get the rest. The paper: "a considerably lower
+            weight" on the labels works best.
+
+    Returns:
+        Scalar in nats.
+    """
+    soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
+    hard = F.cross_entropy(at_least_float32(student_logits), labels)
+    return soft_weight * soft + (1 - soft_weight) * hard
