@@ -25,14 +25,15 @@ class DataInfo:
         fingerprint: Changes whenever the samples change; part of the fingerprints of runs.
         classes: Names of the classes, empty where there are none.
         shape: Shape of an image, (C, H, W).
-        value_range: Lowest and highest value of a pixel.
+        value_range: Lowest and highest value of a pixel; None for latents.
+        extra: Further facts by name: ``conditions`` (tables by condition field), ``null_row``.
     """
 
     name: str
     fingerprint: str
     classes: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
-    value_range: tuple[float, float] = (0.0, 1.0)
+    value_range: tuple[float, float] | None = (0.0, 1.0)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 

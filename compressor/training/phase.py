@@ -46,7 +46,7 @@ class Optim:
         schedule: Factor of the learning rate; a pure function of the phase's step, so there is no scheduler state.
         clip_norm: Total gradient norm limit, taken after the gradients are averaged over processes.
         clip_value: Entrywise gradient limit.
-        clean: Replace NaN gradient entries by 0 and infinities by the largest finite value instead of skipping the step.
+        clean: Replace NaN gradient entries by 0 and infinities by ±1e5 instead of skipping the step.
         update_mask: Multiplies the optimiser's *step* (not the gradient) entry by entry: masked entries keep their bits.
         after_step: Called after every step of this optimiser (clamp pixels, update an average, re-tie weights).
     """
@@ -97,11 +97,12 @@ class Train:
         step: A generator function ``(batches, i)`` that yields `Update`s.
         state: What is trained or remembered, by name.
         modes: Train or eval mode by module, applied in order at the start, and again after every validation.
-        validate: A score, higher is better, called every ``validate_every`` steps and at the end.
+        validate: A score, higher is better, called every ``validate_every`` steps and at the end (mean over processes).
         validate_every: In steps; 0 means only at the end.
         keep: A `Stateful` that also has ``offer(score: float, step: int)`` and ``finish()``: keeps the best weights or
             an average chosen by validation.
         carry: Optimisers whose state goes on from the phase before (same name there).
+        key: JSON; what else decides the phase's result. A stored phase with another key is done again.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Train:
     validate_every: int = 0
     keep: Any = None
     carry: tuple[str, ...] = ()
+    key: Any = None
 
 
 @dataclass
@@ -124,12 +126,13 @@ class Compute:
     Attributes:
         name: Unique within the method.
         run: Returns named arrays or tensors; they are stored, and handed back by ``yield``, as tensors on the CPU.
+        key: JSON; what else decides the result. A stored result with another key is computed again.
     """
 
     name: str
     run: Callable[[], Mapping[str, Tensor | np.ndarray[Any, Any]]]
+    key: Any = None
 
 
 Phases = Generator[Train | Compute, dict[str, Tensor] | None, None]
 """What ``Method.phases`` returns: a `Compute` is answered with its result, a `Train` with None."""
-

@@ -1,0 +1,93 @@
+"""A diffusion model whatever it predicts: noising, prediction, conversion to the clean sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from compressor.diffusion.schedules import Schedule, schedule_from_config
+from compressor.models.anatomy.blocks import BlockStack, block_stack
+from compressor.models.model import Model
+
+__all__ = ["Denoiser", "DenoiserGraph", "noised_batch"]
+
+
+class Denoiser(nn.Module):
+    """A model together with its noise schedule.
+
+    Args:
+        model: A diffusion transformer with a block-stack anatomy.
+    """
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+        self.module = model.module
+        self.schedule: Schedule = schedule_from_config(
+            model.info.extra.get("scheduler"), architecture=model.info.architecture
+        )
+
+    @property
+    def stack(self) -> BlockStack:
+        """The model as a stack of blocks."""
+        return block_stack(self.module)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the sample."""
+        return self.stack.channels
+
+    def forward(self, noised: Tensor, level: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The raw prediction (B, C_out, H, W); C_out exceeds C where the model also predicts a variance."""
+        return self.stack.forward(noised, self.schedule.timestep(level), condition)
+
+    def predict(self, noised: Tensor, level: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The prediction (B, C, H, W) without a variance."""
+        return self(noised, level, condition)[:, : self.channels]
+
+    def target(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
+        """What `predict` should give."""
+        return self.schedule.target(clean, noise, level)
+
+
+class DenoiserGraph(nn.Module):
+    """The export form: latents, the model's own time input and condition fields in, the prediction out.
+
+    Args:
+        module: The diffusion transformer.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self._stack = [block_stack(module)]  # in a list: it is no submodule
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        pooled_projections: Tensor | None = None,
+        class_labels: Tensor | None = None,
+    ) -> Tensor:
+        given = {
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "pooled_projections": pooled_projections,
+            "class_labels": class_labels,
+        }
+        condition = {name: value for name, value in given.items() if value is not None}
+        stack = self._stack[0]
+        return stack.forward(sample, timestep, condition)[:, : stack.channels]
+
+
+def noised_batch(
+    denoiser: Denoiser, clean: Tensor, noise: Tensor, uniform: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise a batch at training levels: ``(noised, level, target)``."""
+    level = denoiser.schedule.level(uniform)
+    return denoiser.schedule.add_noise(clean, noise, level), level, denoiser.target(clean, noise, level)
+
+

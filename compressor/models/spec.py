@@ -1,0 +1,170 @@
+"""Model specs: `diffusers:DIR_OR_ID[#subfolder]`, `run:RUN_DIR`, `python:module:factory`, and `demo:NAME`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from compressor.data.sources import import_object
+from compressor.errors import ModelError, RequestError, nearest
+from compressor.models.model import Model, ModelInfo, load_model
+
+__all__ = ["KINDS", "build_module", "load_model_spec", "load_weights", "split_spec"]
+
+KINDS = ("demo", "diffusers", "python", "run")
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """``KIND:ARGUMENT`` as a pair.
+
+    Raises:
+        RequestError: The kind is unknown or the argument is missing.
+    """
+    kind, colon, argument = spec.partition(":")
+    if kind not in KINDS:
+        raise RequestError(f"unknown model {spec!r}: {nearest(kind, KINDS)} (written as KIND:NAME)")
+    if not colon or not argument:
+        raise RequestError(f"the model {spec!r} lacks a name after the colon")
+    return kind, argument
+
+
+def load_model_spec(spec: str, *, trust_remote_code: bool = False) -> Model:
+    """Load a model; `demo:` specs are made by `compressor.models.demos` instead.
+
+    Raises:
+        ModelError: There is no such model, or its files are damaged.
+    """
+    kind, argument = split_spec(spec)
+    if kind == "diffusers":
+        return _load_diffusers(argument, trust_remote_code)
+    if kind == "run":
+        return load_model(Path(argument) / "student")
+    if kind == "python":
+        made = import_object(argument, "a model")()
+        if not isinstance(made, Model):
+            raise ModelError(f"{spec} returned a {type(made).__name__}; it must return compressor.models.model.Model")
+        return made
+    raise ModelError(f"{spec} cannot be loaded here")
+
+
+def _library_class(library: str, name: str) -> Any:
+    module = importlib.import_module(library)
+    found = getattr(module, name, None)
+    if found is None:
+        raise ModelError(f"{library} {getattr(module, '__version__', '')} has no class {name}: is a newer version needed?")
+    return found
+
+
+def build_module(info: ModelInfo) -> nn.Module:
+    """The unedited module of a description, with random weights."""
+    if info.library == "diffusers":
+        config = {name: value for name, value in info.config.items() if not name.startswith("_")}
+        module: nn.Module = _library_class("diffusers", info.architecture)(**config)
+        return module
+    if info.library == "python":
+        module = import_object(info.architecture, "a module")(**info.config)
+        return module
+    raise ModelError(f"models of the library {info.library!r} cannot be built")
+
+
+def load_weights(module: nn.Module, directory: Path) -> None:
+    """Load ``*.safetensors`` of a directory strictly into a module.
+
+    Raises:
+        ModelError: Missing, damaged or ill-fitting weights.
+    """
+    from safetensors.torch import load_model as load_into
+
+    files = check_weights(directory)
+    if len(files) != 1:
+        raise ModelError(f"{directory} holds {len(files)} weight files; expected one")
+    try:
+        load_into(module, str(files[0]), strict=True)
+    except (RuntimeError, KeyError) as error:
+        raise ModelError(f"the weights in {files[0]} do not fit the model: {_first_line(error)}") from error
+
+
+def check_weights(directory: Path) -> list[Path]:
+    """The safetensors files of a directory, each opened once so that a truncated one is named before it is used."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(Path(directory).glob("*.safetensors"))
+    for path in files:
+        try:
+            with safe_open(path, framework="numpy") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is truncated or damaged ({_first_line(error)}): copy or download it again") from error
+    return files
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _load_diffusers(argument: str, trust_remote_code: bool) -> Model:
+    name, _, subfolder = argument.partition("#")
+    local = Path(name)
+    if local.is_dir():
+        return _load_local(local, subfolder)
+    if local.exists() or name.startswith((".", "/", "~")):
+        raise ModelError(f"diffusers:{name}: there is no such directory")
+    return _load_from_hub(name, subfolder or "transformer", trust_remote_code)
+
+
+def _load_local(directory: Path, subfolder: str) -> Model:
+    scheduler = _read_json(directory / "scheduler" / "scheduler_config.json")
+    if not subfolder and (directory / "model_index.json").exists():
+        subfolder = "transformer" if (directory / "transformer").is_dir() else "unet"
+    folder = directory / subfolder if subfolder else directory
+    if scheduler is None:
+        scheduler = _read_json(folder / ".." / "scheduler" / "scheduler_config.json")
+    if (folder / "compressor.json").exists():
+        return load_model(folder)
+    config = _read_json(folder / "config.json")
+    if config is None or "_class_name" not in config:
+        raise ModelError(f"{folder} is no diffusers model: it holds no config.json with a _class_name "
+                         "(give the directory that save_pretrained wrote, or PIPELINE_DIR#subfolder)")
+    check_weights(folder)
+    library_class = _library_class("diffusers", str(config["_class_name"]))
+    return _pretrained(library_class, str(folder), {"local_files_only": True}, scheduler)
+
+
+def _load_from_hub(name: str, subfolder: str, trust_remote_code: bool) -> Model:
+    import diffusers
+
+    try:
+        config = diffusers.ConfigMixin.load_config(name, subfolder=subfolder)
+    except Exception as error:
+        raise ModelError(f"diffusers:{name}#{subfolder} is neither a directory nor reachable on the hub: "
+                         f"{_first_line(error)}") from error
+    try:
+        scheduler = diffusers.ConfigMixin.load_config(name, subfolder="scheduler")
+    except Exception:
+        scheduler = None  # a repository of one model alone has none; the class's default serves
+    library_class = _library_class("diffusers", str(config["_class_name"]))
+    return _pretrained(library_class, name, {"subfolder": subfolder}, scheduler)
+
+
+def _pretrained(library_class: Any, name: str, options: dict[str, Any], scheduler: dict[str, Any] | None) -> Model:
+    try:
+        module = library_class.from_pretrained(name, **options)
+    except Exception as error:
+        raise ModelError(f"{library_class.__name__} cannot be loaded from {name}: {_first_line(error)}") from error
+    config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
+    extra = {"scheduler": scheduler} if scheduler else {}
+    return Model(module.float(), ModelInfo("diffusers", library_class.__name__, json.loads(json.dumps(config)), (), extra))
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is no readable JSON: {_first_line(error)}") from error
+    return value if isinstance(value, dict) else None
