@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "CompressorError",
     "DivergedError",
+    "InterruptedRunError",
     "ModelError",
     "RequestError",
     "RunLockedError",
@@ -46,6 +47,12 @@ class DivergedError(CompressorError):
     """Training produced non-finite losses or gradients again and again."""
 
 
+class InterruptedRunError(CompressorError):
+    """The user or the machine stopped the run; the same command goes on where it stopped."""
+
+    exit_code = 130
+
+
 class TargetError(CompressorError):
     """A target cannot be built or run on this machine."""
 
@@ -68,5 +75,8 @@ def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:
     known = sorted(set(choices))
     close = difflib.get_close_matches(name, known, n=limit, cutoff=0.5)
     if close:
+        # what is much less like it than the best is noise
+        likeness = [difflib.SequenceMatcher(None, other, name).ratio() for other in close]
+        close = [other for other, ratio in zip(close, likeness, strict=True) if ratio >= likeness[0] - 0.1]
         return f"did you mean {' or '.join(close)}?"
     return f"choose from {', '.join(known)}" if known else "there are none"

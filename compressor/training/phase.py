@@ -47,7 +47,8 @@ class Optim:
         clip_norm: Total gradient norm limit, taken after the gradients are averaged over processes.
         clip_value: Entrywise gradient limit.
         clean: Replace NaN gradient entries by 0 and infinities by ±1e5 instead of skipping the step.
-        update_mask: Multiplies the optimiser's *step* (not the gradient) entry by entry: masked entries keep their bits.
+        update_mask: Multiplies the optimiser's *step* (not the gradient) entry by entry: entries under 0 keep
+            their bits.
         after_step: Called after every step of this optimiser (clamp pixels, update an average, re-tie weights).
     """
 
