@@ -1,0 +1,47 @@
+"""What every engine's exporter takes and gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from compressor.exporters.onnx_graph import OnnxGraph
+from compressor.runtimes.manifest import Engine
+
+__all__ = ["Built", "Source"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A graph in the forms that an engine may want.
+
+    Attributes:
+        name: Of the graph; the engine's file is called after it.
+        plain: Float32.
+        typed: Strongly typed in the target's precision; the same as ``plain`` for fp32.
+    """
+
+    name: str
+    plain: OnnxGraph
+    typed: OnnxGraph
+
+
+@dataclass(frozen=True)
+class Built:
+    """The files that an engine's exporter wrote.
+
+    Attributes:
+        file: Name of the graph's file in the artifact's folder.
+        engine: What built it.
+        data_file: Name of the file of its weights, where they lie apart.
+        notes: Sentences for the manifest.
+    """
+
+    file: str
+    engine: Engine
+    data_file: str | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    def path(self, directory: Path) -> Path:
+        """The graph's file in the artifact's folder."""
+        return directory / self.file

@@ -1,0 +1,304 @@
+"""Export a deployable to a target: graph files, assets and a manifest, in a folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.atomic import atomic_directory, write_json
+from compressor.deployable import Deployable, Graph
+from compressor.errors import ArtifactError, RequestError, TargetError
+from compressor.exporters.artifact import Built, Source
+from compressor.exporters.graph_store import GraphStore
+from compressor.exporters.onnx_graph import evaluation_form, module_outputs
+from compressor.exporters.parity import TOLERANCES, compare, worst
+from compressor.profiles.target import Availability, Target, availability
+from compressor.runtimes.load import open_graph, runtime_options
+from compressor.runtimes.manifest import (
+    ASSETS_FILE,
+    MANIFEST_FILE,
+    Assets,
+    DriverEntry,
+    GraphEntry,
+    Island,
+    Manifest,
+    Parity,
+    check_relative_path,
+    hash_file,
+)
+from compressor.runtimes.runtime import Array, TensorSpec
+
+__all__ = ["export"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_LIBRARIES = ("compressor", "torch", "onnx", "onnxscript", "openvino", "diffusers", "timm")
+
+
+def export(
+    deployable: Deployable,
+    target: Target,
+    directory: Path,
+    *,
+    records: Mapping[str, list[Mapping[str, Array]]] | None = None,
+    cache: Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Export a deployable and check it against its torch modules.
+
+    Args:
+        deployable: Graphs, driver, assets, files.
+        target: What to build for. The ``torch`` runtime has no artifact: the student itself is what it measures.
+        directory: The artifact's folder; replaced whole, only if everything succeeds.
+        records: By graph, inputs that it really gets (`record_inputs`); the example inputs otherwise. They measure
+            float32 islands and parity.
+        cache: Folder of exported ONNX graphs, shared by all targets and runs; None exports anew.
+        metadata: JSON values for the manifest.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        TargetError: The target cannot be built here; the message says why and what to install.
+        RequestError: The deployable is not well formed.
+        ArtifactError: A graph cannot be exported, or drifts past its tolerance.
+    """
+    found = _buildable(target)
+    settings = _json(deployable.driver.settings, f"the settings of driver {deployable.driver.name!r}")
+    extra = _json(metadata or {}, "the metadata")
+    with ExitStack() as stack:
+        folder = cache if cache is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        store = GraphStore(folder)
+        temporary = stack.enter_context(atomic_directory(directory))
+        done = {}
+        for name, graph in deployable.graphs.items():
+            if not _NAME.fullmatch(name):
+                raise RequestError(f"the graph's name {name!r} is no file name: use letters, digits, - and _")
+            done[name] = _export_graph(name, graph, target, found, store, temporary, (records or {}).get(name))
+        if not done:
+            raise RequestError("the deployable has no graph: only its files could be kept, and no target runs them")
+        first = next(iter(done.values()))
+        reasons = [item.not_run for item in done.values() if item.not_run]
+        manifest = Manifest(
+            target=target.model_dump(mode="json"),
+            engine=first.engine,
+            driver=DriverEntry(name=deployable.driver.name, settings=settings),
+            graphs={name: item.entry for name, item in done.items()},
+            assets=_write_assets(deployable.assets, temporary),
+            files=_write_files(deployable, temporary),
+            versions=_versions(),
+            notes=tuple(dict.fromkeys(note for item in done.values() for note in item.notes)),
+            runnable_here=found.can_run and not reasons,
+            reason=(reasons or [found.reason])[0],
+            metadata=extra,
+        )
+        write_json(temporary / MANIFEST_FILE, manifest.model_dump(mode="json"))
+    return manifest
+
+
+@dataclass(frozen=True)
+class _Exported:
+    entry: GraphEntry
+    engine: Any
+    notes: tuple[str, ...]
+    not_run: str
+
+
+def _export_graph(
+    name: str,
+    graph: Graph,
+    target: Target,
+    found: Availability,
+    store: GraphStore,
+    directory: Path,
+    records: list[Mapping[str, Array]] | None,
+) -> _Exported:
+    with evaluation_form(graph) as plain:
+        inputs = _records(name, plain, target, records)
+        references = [module_outputs(plain, record) for record in inputs]
+    exported = store.plain(name, graph)
+    islands: tuple[Island, ...] = ()
+    parities: list[Parity] = []
+    typed = exported
+    if target.precision == "fp16":
+        half = store.half(name, graph, inputs, references)
+        typed, islands, parities = half.graph, half.islands, [half.parity]
+    built = _builder(found.engine)(Source(name, exported, typed), target, directory)
+    not_run = ""
+    if found.can_run:
+        try:
+            parities.append(_engine_parity(built, target, directory, inputs, references))
+        except TargetError as error:
+            if target.device == "cpu":
+                raise
+            not_run = str(error)
+    elif target.precision == "fp32":
+        parities.append(store.plain_parity(exported, inputs, references))
+    for parity in parities:
+        if not parity.relative <= parity.tolerance:
+            raise ArtifactError(
+                f"graph {name!r}: output {parity.output!r} drifts by {parity.relative:.1e} of its scale on "
+                f"{target.name} (allowed: {parity.tolerance:.0e}, judged by {parity.judged_by})"
+            )
+    if found.engine == "openvino":
+        islands, parities = (), [parity for parity in parities if parity.judged_by == _judge(target, found.engine)]
+    entry = _entry(built, target, directory, typed.inputs, typed.outputs, typed.opset, tuple(parities), islands)
+    return _Exported(entry, built.engine, _notes(target, built), not_run)
+
+
+def _engine_parity(
+    built: Built,
+    target: Target,
+    directory: Path,
+    inputs: list[Mapping[str, Array]],
+    references: list[dict[str, Array]],
+) -> Parity:
+    options = runtime_options(target.model_dump())
+    runtime = open_graph(built.path(directory), built.engine.name, options)
+    judge = _judge(target, built.engine.name)
+    try:
+        tolerance = TOLERANCES[target.precision]
+        pairs = zip(references, inputs, strict=True)
+        return worst([compare(reference, runtime(record), tolerance, judge) for reference, record in pairs])
+    finally:
+        runtime.close()
+
+
+def _judge(target: Target, engine: str) -> str:
+    return f"{engine} on {target.device}"
+
+
+def _entry(
+    built: Built,
+    target: Target,
+    directory: Path,
+    inputs: tuple[TensorSpec, ...],
+    outputs: tuple[TensorSpec, ...],
+    opset: int,
+    parities: tuple[Parity, ...],
+    islands: tuple[Island, ...],
+) -> GraphEntry:
+    path = built.path(directory)
+    data = directory / built.data_file if built.data_file is not None else None
+    return GraphEntry(
+        file=built.file,
+        sha256=hash_file(path),
+        bytes=path.stat().st_size + (data.stat().st_size if data is not None else 0),
+        data_file=built.data_file,
+        data_sha256=hash_file(data) if data is not None else None,
+        precision=target.precision,
+        inputs=inputs,
+        outputs=outputs,
+        opset=opset,
+        parity=parities,
+        fp32_islands=islands,
+    )
+
+
+def _notes(target: Target, built: Built) -> tuple[str, ...]:
+    if target.precision != "fp16":
+        return built.notes
+    return (*built.notes, "Inputs and outputs are float32; halves are used inside the graph.")
+
+
+def _buildable(target: Target) -> Availability:
+    if not target.has_artifact:
+        raise TargetError(f"target {target.name} has no artifact: it runs the student itself, nothing is exported")
+    if target.precision not in ("fp32", "fp16"):
+        raise TargetError(f"target {target.name}: precision {target.precision} cannot be exported; use fp32 or fp16")
+    found = availability(target)
+    if not found.can_build:
+        hint = f": {found.install_hint}" if found.install_hint else ""
+        raise TargetError(f"target {target.name} cannot be built here: {found.reason}{hint}")
+    return found
+
+
+def _builder(engine: str) -> Any:
+    if engine == "onnxruntime":
+        from compressor.exporters.onnxruntime import build as onnxruntime
+
+        return onnxruntime
+    if engine == "openvino":
+        from compressor.exporters.openvino import build as openvino
+
+        return openvino
+    from compressor.exporters.tensorrt import build as tensorrt
+
+    return tensorrt
+
+
+def _records(
+    name: str, graph: Graph, target: Target, records: list[Mapping[str, Array]] | None
+) -> list[Mapping[str, Array]]:
+    """The recorded inputs in the example's dtypes, cut to the target's largest batch; else the example itself."""
+    given: list[Mapping[str, Array]] = list(records or [])
+    if not given:
+        given = [{key: value.numpy() for key, value in graph.inputs.items()}]
+    result: list[Mapping[str, Array]] = []
+    for record in given:
+        missing = [key for key in graph.inputs if key not in record]
+        if missing:
+            raise RequestError(f"the records of graph {name!r} lack its input {missing[0]!r}")
+        ready = {}
+        for key, example in graph.inputs.items():
+            array = np.asarray(record[key]).astype(example.numpy().dtype)
+            for axis, label in graph.dynamic.get(key, {}).items():
+                if label == "batch":
+                    array = array.take(range(min(array.shape[axis], target.batch.max)), axis=axis)
+            ready[key] = array
+        result.append(ready)
+    return result
+
+
+def _write_assets(assets: Mapping[str, Array | str], directory: Path) -> Assets:
+    strings = {name: value for name, value in assets.items() if isinstance(value, str)}
+    arrays = {name: np.asarray(value) for name, value in assets.items() if not isinstance(value, str)}
+    if not arrays:
+        return Assets(strings=strings)
+    path = directory / ASSETS_FILE
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            if array.dtype.hasobject:
+                raise RequestError(f"asset {name!r} holds Python objects: give numbers or a string")
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, array, allow_pickle=False)
+    return Assets(file=ASSETS_FILE, sha256=hash_file(path), strings=strings)
+
+
+def _write_files(deployable: Deployable, directory: Path) -> dict[str, str]:
+    hashes = {}
+    for name, write in deployable.files.items():
+        path = check_relative_path(directory, name)
+        if path.exists() or name == MANIFEST_FILE:
+            raise RequestError(f"the deployable's file {name!r} would replace a file of the artifact: rename it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path)
+        hashes[name] = hash_file(path)
+    return hashes
+
+
+def _json(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(dict(values), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{what} must be JSON values: {error}") from error
+    return result
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

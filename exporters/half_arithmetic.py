@@ -1,0 +1,81 @@
+"""Judge a half-precision graph on a CPU in real half arithmetic.
+
+Engines that have no half kernels on the CPU compute a half-precision graph in float32 and say nothing, so they cannot
+judge it. Here every half value of the typed graph is rounded to a half after the operation that makes it; inside an
+operation sums run in float32, as in a tensor core.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx.helper import make_node
+
+from compressor.exporters.typed_graph import MOVES
+
+__all__ = ["JUDGE", "rounding_graph"]
+
+JUDGE = "half arithmetic (every operation rounded to float16)"
+
+
+def rounding_graph(typed: ModelProto) -> ModelProto:
+    """A float32 graph that computes what the typed graph computes where halves are real.
+
+    Args:
+        typed: A graph made by `type_graph`.
+
+    Returns:
+        The same graph in float32, with a rounding to half and back after every half operation.
+    """
+    result = ModelProto()
+    result.CopyFrom(typed)
+    graph = result.graph
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+    for tensor in graph.initializer:
+        if tensor.name in half:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+    nodes: list[NodeProto] = []
+    for source in typed.graph.node:
+        nodes += _rounded(source, half)
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(nodes)
+    return result
+
+
+def _rounded(source: NodeProto, half: set[str]) -> list[NodeProto]:
+    """A node and the roundings of its half outputs; ``half`` gathers the names of half values."""
+    node = NodeProto.FromString(source.SerializeToString())
+    makes_half = False
+    for attribute in node.attribute:
+        if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT16:
+            attribute.i, makes_half = TensorProto.FLOAT, True
+        elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT16:
+            attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float32)))
+            makes_half = True
+    if node.op_type not in ("Cast", "Shape", "Size"):
+        makes_half = makes_half or any(name in half for name in node.input)
+    if not makes_half:
+        return [node]
+    if node.op_type in MOVES:
+        half.update(node.output)
+        return [node]
+    nodes = [node]
+    for place, name in enumerate(node.output):
+        if not name or _is_index(node, place):
+            continue
+        half.add(name)
+        node.output[place] = f"{name}__exact"
+        nodes.append(make_node("Cast", [f"{name}__exact"], [f"{name}__rounded"], to=TensorProto.FLOAT16))
+        nodes.append(make_node("Cast", [f"{name}__rounded"], [name], to=TensorProto.FLOAT))
+    return nodes
+
+
+_BOOLEAN = frozenset({
+    "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "IsNaN", "IsInf", "And", "Or", "Not", "Xor",
+})  # fmt: skip
+_INTEGER = frozenset({"ArgMax", "ArgMin", "NonZero", "NonMaxSuppression"})
+
+
+def _is_index(node: NodeProto, place: int) -> bool:
+    """True where an output is no float: comparisons, indices."""
+    return node.op_type in _BOOLEAN | _INTEGER or (node.op_type in ("TopK", "MaxPool", "Unique") and place > 0)

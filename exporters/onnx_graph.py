@@ -1,0 +1,375 @@
+"""From a torch module to one ONNX file: evaluation mode, named inputs and outputs, dynamic axes that were tried."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from compressor.deployable import Graph
+from compressor.errors import ArtifactError, CompressorError, RequestError
+from compressor.exporters.interpreter import Interpreter
+from compressor.exporters.parity import TOLERANCES, compare
+from compressor.runtimes.runtime import Array, TensorSpec
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
+
+    from compressor.exporters.replacements import Replacement
+
+__all__ = ["OPSET", "OnnxGraph", "evaluation_form", "export_onnx", "module_outputs", "write_model"]
+
+OPSET = 20
+LAYER_KEY = "pkg.torch.onnx.name_scopes"
+"""Key of a node's metadata that holds the paths of the modules it stems from (a list literal, outermost first)."""
+_INLINE_LIMIT = 1_500_000_000
+
+
+@dataclass(frozen=True)
+class OnnxGraph:
+    """An exported graph on disk.
+
+    Attributes:
+        path: The ONNX file; above 1.5 GB its weights lie beside it in ``NAME.data``.
+        inputs: Inputs, a string in a shape names a dynamic axis.
+        outputs: Outputs, likewise.
+        opset: ONNX opset.
+    """
+
+    path: Path
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    opset: int = OPSET
+
+    @classmethod
+    def read(cls, path: Path) -> OnnxGraph:
+        """Describe an ONNX file."""
+        import onnx
+
+        model = onnx.load(str(path), load_external_data=False)
+        opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+        inputs, outputs = _specs(model.graph.input), _specs(model.graph.output)
+        return cls(path, inputs, outputs, opset)
+
+    @property
+    def data_path(self) -> Path | None:
+        """The file of the weights, where they do not lie in the graph's file."""
+        path = self.path.with_name(self.path.name + ".data")
+        return path if path.is_file() else None
+
+    def load(self) -> ModelProto:
+        """The graph in memory, with its weights."""
+        import onnx
+
+        return onnx.load(str(self.path))
+
+
+def export_onnx(
+    graph: Graph, path: Path, *, name: str = "graph", replacements: list[Replacement] | None = None
+) -> OnnxGraph:
+    """Export a graph to ONNX in float32 and verify it: valid, equal to the module, dynamic where declared.
+
+    The module keeps its weights, its training mode and its device.
+
+    Args:
+        graph: Module, example inputs, names, dynamic axes.
+        path: The file to write.
+        name: What the graph is called in messages.
+        replacements: Export-time replacements; None means all registered.
+
+    Returns:
+        The exported graph.
+
+    Raises:
+        RequestError: The example inputs or output names do not fit the module.
+        ArtifactError: The module cannot be expressed in ONNX, or an axis declared dynamic is not.
+    """
+    from compressor.exporters.replacements import replaced
+
+    with evaluation_form(graph) as plain, _quiet():
+        _check_example(plain, name)
+        with replaced(plain.module, plain.inputs, replacements):
+            model = _convert(plain, name)
+        _name_axes(model, plain)
+        write_model(model, path)
+        exported = OnnxGraph.read(path)
+        _verify(exported, plain, name)
+    return exported
+
+
+@contextlib.contextmanager
+def evaluation_form(graph: Graph) -> Iterator[Graph]:
+    """The graph with its module in evaluation mode, float32, on the CPU, masks and other parametrisations folded.
+
+    The module itself is used where that changes nothing but its mode, which is restored; otherwise a copy.
+    """
+    import torch
+    from torch.nn.utils import parametrize
+
+    module = graph.module
+    tensors = [*module.parameters(), *module.buffers()]
+    foreign = any(
+        tensor.device.type != "cpu" or tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
+        for tensor in tensors
+    )
+    parametrized = [part for part in module.modules() if parametrize.is_parametrized(part)]
+    if foreign or parametrized:
+        module = copy.deepcopy(module).to("cpu", torch.float32)
+        for part in list(module.modules()):
+            if parametrize.is_parametrized(part):
+                for tensor_name in list(part.parametrizations):  # type: ignore[arg-type]
+                    parametrize.remove_parametrizations(part, tensor_name, leave_parametrized=True)
+    modes = [(part, part.training) for part in module.modules()]
+    inputs = {
+        key: value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+        for key, value in graph.inputs.items()
+    }
+    try:
+        module.eval()
+        yield Graph(module, inputs, graph.outputs, graph.dynamic, graph.keep_fp32)
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def module_outputs(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What the module of an `evaluation_form` gives for some inputs, by output name.
+
+    Raises:
+        RequestError: The module returns another number of tensors than it has output names.
+    """
+    import torch
+
+    given = {}
+    for key, example in graph.inputs.items():
+        given[key] = torch.from_numpy(np.array(inputs[key])).to(example.dtype)
+    with torch.no_grad():
+        result = graph.module(**given)
+    values = result if isinstance(result, (tuple, list)) else (result,)
+    if len(values) != len(graph.outputs) or not all(isinstance(value, torch.Tensor) for value in values):
+        raise RequestError(
+            f"the module returns {len(values)} values, but the outputs are named {', '.join(graph.outputs)}: "
+            "return one tensor a name"
+        )
+    return {key: value.numpy() for key, value in zip(graph.outputs, values, strict=True)}
+
+
+def write_model(model: ModelProto, path: Path) -> None:
+    """Write one ONNX file; weights go into ``NAME.data`` beside it above 1.5 GB."""
+    import onnx
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _INLINE_LIMIT
+    onnx.save_model(
+        model, str(path), save_as_external_data=large, all_tensors_to_one_file=True, location=path.name + ".data"
+    )
+
+
+def _check_example(graph: Graph, name: str) -> None:
+    unknown = [key for key in graph.dynamic if key not in graph.inputs]
+    if unknown:
+        raise RequestError(f"graph {name!r} declares dynamic axes of {unknown[0]!r}, which is no input of it")
+    for key, axes in graph.dynamic.items():
+        shape = graph.inputs[key].shape
+        for axis, label in axes.items():
+            if axis >= len(shape):
+                raise RequestError(f"graph {name!r}: input {key!r} has no axis {axis} (its shape is {tuple(shape)})")
+            if shape[axis] < 2:
+                raise RequestError(
+                    f"graph {name!r}: the example of {key!r} has size {shape[axis]} on its dynamic axis {label!r}; "
+                    "give at least 2"
+                )
+    try:
+        module_outputs(graph, {key: value.numpy() for key, value in graph.inputs.items()})
+    except CompressorError:
+        raise
+    except Exception as error:  # user code
+        raise RequestError(f"graph {name!r} does not run on its example inputs: {_first_line(error)}") from error
+
+
+def _convert(graph: Graph, name: str) -> ModelProto:
+    import torch
+
+    from compressor.exporters.traced_program import fold_constants, has_complex_values, repair_squeezes
+
+    try:
+        program = _trace(graph.module, graph)
+        with_complex = has_complex_values(program)
+        if with_complex:
+            program = _trace(fold_constants(program), graph)
+        repair_squeezes(program)
+        result = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            optimize=True,
+            verbose=False,
+        )
+    except CompressorError:
+        raise
+    except Exception as error:  # torch raises many types
+        raise ArtifactError(f"graph {name!r} cannot be exported to ONNX: {_explain(error)}") from error
+    return _cleaned(result.model_proto)  # type: ignore[union-attr]
+
+
+def _trace(module: nn.Module, graph: Graph) -> Any:
+    """Trace with the named axes; where their sizes obey a relation that a plain name cannot say, let torch find it."""
+    import torch
+
+    names = {label for axes in graph.dynamic.values() for label in axes.values()}
+    named = {label: torch.export.Dim(label) for label in names}
+    for dims in (named, dict.fromkeys(names, torch.export.Dim.DYNAMIC)):
+        shapes: dict[str, Any] = {
+            key: {axis: dims[label] for axis, label in graph.dynamic.get(key, {}).items()} or None
+            for key in graph.inputs
+        }
+        try:
+            with torch.no_grad():
+                return torch.export.export(
+                    module, (), kwargs=dict(graph.inputs), dynamic_shapes=shapes if names else None, strict=False
+                )
+        except torch._dynamo.exc.UserError:
+            if dims is not named:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _cleaned(model: ModelProto) -> ModelProto:
+    """Drop what describes the machine that exported: stack traces with its paths, source texts."""
+    if model.functions:
+        from onnx.inliner import inline_local_functions
+
+        model = inline_local_functions(model)
+    del model.metadata_props[:]
+    model.graph.doc_string = model.doc_string = ""
+    for node in model.graph.node:
+        kept = [item for item in node.metadata_props if item.key == LAYER_KEY]
+        node.doc_string = ""
+        del node.metadata_props[:]
+        node.metadata_props.extend(kept)
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    return model
+
+
+def _name_axes(model: ModelProto, graph: Graph) -> None:
+    """Give the dynamic axes of inputs and outputs the declared names, where tracing has found its own."""
+    own: dict[str, str] = {}
+    for value in model.graph.input:
+        for axis, label in graph.dynamic.get(value.name, {}).items():
+            dim = value.type.tensor_type.shape.dim[axis]
+            if dim.dim_param and dim.dim_param != label:
+                own[dim.dim_param] = label
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param in own:
+                dim.dim_param = own[dim.dim_param]
+
+
+def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
+    """Compare with the module at the example's sizes, at 1 and at other sizes of every dynamic axis."""
+    run = Interpreter(exported.path)
+    example = {key: value.numpy() for key, value in graph.inputs.items()}
+    labels = sorted({label for axes in graph.dynamic.values() for label in axes.values()})
+    sizes: list[dict[str, int]] = [{}]
+    for label in labels:
+        given = next(
+            graph.inputs[key].shape[axis]
+            for key, axes in graph.dynamic.items()
+            for axis, other in axes.items()
+            if other == label
+        )
+        sizes += [{label: 1}, {label: given + 1}] if label == "batch" else [{label: 2 * given}]
+    for size in sizes:
+        where = " at " + ", ".join(f"{label} = {number}" for label, number in size.items()) if size else ""
+        inputs = _resized(example, graph.dynamic, size)
+        try:
+            expected = module_outputs(graph, inputs)
+        except Exception as error:  # user code
+            raise RequestError(f"graph {name!r}: the module itself fails{where}: {_first_line(error)}") from error
+        try:
+            parity = compare(expected, run(inputs), TOLERANCES["fp32"], run.name)
+        except ArtifactError as error:
+            raise ArtifactError(f"graph {name!r} does not hold{where}: {error}") from error
+        if not parity.relative <= parity.tolerance:
+            raise ArtifactError(
+                f"graph {name!r}: output {parity.output!r} of the exported graph differs from the module's by "
+                f"{parity.relative:.1e} of its scale{where} (allowed: {parity.tolerance:.0e})"
+            )
+
+
+def _resized(
+    inputs: Mapping[str, Array], dynamic: Mapping[str, Mapping[int, str]], sizes: Mapping[str, int]
+) -> dict[str, Array]:
+    """The inputs with the named axes at other sizes, filled by going round the given entries."""
+    result = {}
+    for key, array in inputs.items():
+        for axis, label in dynamic.get(key, {}).items():
+            if label in sizes:
+                array = np.take(array, np.arange(sizes[label]) % array.shape[axis], axis=axis)
+        result[key] = array
+    return result
+
+
+def _specs(values: Any) -> tuple[TensorSpec, ...]:
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    specs = []
+    for value in values:
+        kind = value.type.tensor_type
+        shape = tuple(dim.dim_param or dim.dim_value for dim in kind.shape.dim)
+        specs.append(TensorSpec(value.name, shape, np.dtype(tensor_dtype_to_np_dtype(kind.elem_type)).name))
+    return tuple(specs)
+
+
+def _explain(error: BaseException) -> str:
+    """One line for the deepest cause that says something to a person."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for item in causes:
+        text = str(item)
+        if "No ONNX function found for" in text:
+            operator = text.partition("op='")[2].partition("'")[0] or "an operator"
+            if "complex" in text:
+                return (
+                    f"{operator} works on complex numbers, which ONNX has not: give the graph's module a real form, "
+                    "or register one in compressor.exporters.replacements"
+                )
+            return f"ONNX has no translation of {operator}: leave it out of the graph's module"
+        if "specializ" in text or "Constraints violated" in text:
+            return f"an axis declared dynamic is fixed by the module ({_first_line(item)})"
+    return _first_line(causes[0])
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's progress and advice off the terminal."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,23 @@
+"""Build for ONNX Runtime: the ONNX file itself, in the target's precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compressor.exporters.artifact import Built, Source
+from compressor.exporters.onnx_graph import write_model
+from compressor.profiles.target import Target
+from compressor.runtimes.manifest import Engine
+
+__all__ = ["build"]
+
+
+def build(source: Source, target: Target, directory: Path) -> Built:
+    """Write ``NAME.onnx``. Nothing is optimised ahead of time: the runtime does that for the device that loads it."""
+    path = directory / f"{source.name}.onnx"
+    write_model(source.typed.load(), path)
+    data = path.with_name(path.name + ".data")
+    notes: tuple[str, ...] = ()
+    if target.precision == "fp16" and target.device == "cpu":
+        notes = ("ONNX Runtime computes most half operations in float32 on a CPU: the file is smaller, not faster.",)
+    return Built(path.name, Engine(name="onnxruntime", version="any"), data.name if data.is_file() else None, notes)

@@ -1,0 +1,71 @@
+"""Record what each graph of a deployable really gets while its driver runs: for calibration and for parity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from compressor.deployable import Deployable
+from compressor.evaluate import TorchRun
+from compressor.runtimes.load import driver_class
+from compressor.runtimes.runtime import Array, Run
+
+__all__ = ["Records", "record_inputs"]
+
+Records = dict[str, list[dict[str, Array]]]
+"""Recorded inputs by graph."""
+
+
+def record_inputs(
+    deployable: Deployable, calls: Iterable[Mapping[str, Array]], *, limit: int = 16, seed: int = 0
+) -> Records:
+    """Run the driver with the torch modules and keep inputs of each graph, spread evenly over all its calls.
+
+    Args:
+        deployable: What is going to be exported.
+        calls: Inputs of the driver, one mapping a call; call k runs with ``seed + k``.
+        limit: Largest number of recorded inputs a graph (each a whole batch).
+        seed: Seed of the first call.
+
+    Returns:
+        By graph, its recorded inputs in the order of the calls. Every sampler step is a call of the denoiser, so all
+        noise levels are among them.
+    """
+    recorders: dict[str, _Recorder] = {}
+    modes = {}
+    for name, graph in deployable.graphs.items():
+        modes.update({part: part.training for part in graph.module.modules()})
+        recorders[name] = _Recorder(TorchRun(graph.module, graph.outputs), tuple(graph.inputs), limit)
+    driver = driver_class(deployable.driver.name)(dict(recorders), deployable.driver.settings, deployable.assets)
+    try:
+        for number, inputs in enumerate(calls):
+            driver(inputs, seed=seed + number)
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
+    return {name: recorder.chosen() for name, recorder in recorders.items()}
+
+
+class _Recorder:
+    """A `Run` that keeps every k-th input, with k doubled whenever it holds too many."""
+
+    def __init__(self, run: Run, names: tuple[str, ...], limit: int) -> None:
+        self.run, self.names, self.limit = run, names, limit
+        self.stride, self.count = 1, 0
+        self.kept: list[dict[str, Array]] = []
+
+    def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        if self.count % self.stride == 0:
+            self.kept.append({name: np.array(inputs[name]) for name in self.names})
+            if len(self.kept) > 4 * self.limit:
+                self.kept, self.stride = self.kept[::2], 2 * self.stride
+        self.count += 1
+        return self.run(inputs)
+
+    def chosen(self) -> list[dict[str, Array]]:
+        """At most ``limit`` of the kept inputs, first and last among them."""
+        if len(self.kept) <= self.limit:
+            return self.kept
+        places = np.linspace(0, len(self.kept) - 1, self.limit).round().astype(int)
+        return [self.kept[place] for place in places]

@@ -1,0 +1,66 @@
+"""Repairs of a traced program (`torch.export`) before it becomes ONNX."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+__all__ = ["fold_constants", "has_complex_values", "repair_squeezes"]
+
+
+def repair_squeezes(program: torch.export.ExportedProgram) -> None:
+    """Turn squeezes of an axis whose size is not 1 into copies, in place.
+
+    PyTorch defines them as no operation, but they become an ONNX ``Squeeze``, which forbids them.
+    """
+    for node in program.graph.nodes:
+        if node.target is not torch.ops.aten.squeeze.dim:
+            continue
+        size = node.args[0].meta["val"].shape[node.args[1]]
+        if isinstance(size, int) and size != 1:
+            node.target, node.args = torch.ops.aten.clone.default, node.args[:1]
+    program.graph_module.recompile()
+
+
+def has_complex_values(program: torch.export.ExportedProgram) -> bool:
+    """True where some value of the program is complex."""
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return any(isinstance(value, Tensor) and value.is_complex() for value in values)
+
+
+def fold_constants(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a module in which everything that depends on no input is computed already.
+
+    Most complex arithmetic (tables of a rotary embedding) vanishes so; what stays (products with the table) ONNX can
+    express.
+    """
+    module = program.module()
+    known: dict[fx.Node, Any] = {}
+    for node in list(module.graph.nodes):
+        if node.op == "get_attr":
+            known[node] = _attribute(module, str(node.target))
+        elif node.op == "call_function" and node.all_input_nodes and set(node.all_input_nodes) <= set(known):
+            with torch.no_grad():
+                known[node] = node.target(*_concrete(node.args, known), **_concrete(node.kwargs, known))
+    for number, node in enumerate(list(module.graph.nodes)):
+        if node.op == "call_function" and isinstance(known.get(node), Tensor):
+            name = f"folded_{number}"
+            module.register_buffer(name, known[node].detach().clone())
+            with module.graph.inserting_before(node):
+                constant = module.graph.get_attr(name)
+            node.replace_all_uses_with(constant)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return module
+
+
+def _concrete(arguments: Any, known: dict[fx.Node, Any]) -> Any:
+    return fx.node.map_arg(arguments, lambda node: known[node])
+
+
+def _attribute(module: Any, path: str) -> Any:
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
