@@ -1,0 +1,197 @@
+"""What `compress bench` measures: whole requests through the drivers of artifacts, or single calls of graph files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compressor.errors import CompressorError, RequestError, TargetError
+from compressor.profiles.latency import Latency, Ratio, measure_interleaved, ratio
+from compressor.runtimes.load import load, open_graph
+from compressor.runtimes.manifest import MANIFEST_FILE, read_manifest
+from compressor.runtimes.runtime import Array
+
+__all__ = ["Candidate", "Measurement", "Row", "measure_artifacts", "parse_sizes", "request"]
+
+GRAPH_FILES = {".onnx": "onnxruntime", ".xml": "openvino"}
+BATCH_AXIS = "batch"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Something loaded that can be timed.
+
+    Attributes:
+        call: Takes named arrays.
+        inputs: (name, shape, dtype) of each; a string in a shape names a free axis.
+        largest: Largest batch size, or None.
+    """
+
+    name: str
+    call: Callable[[Mapping[str, Array]], object]
+    inputs: tuple[tuple[str, tuple[int | str, ...], str], ...]
+    largest: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate at one batch size; ``speedup`` is against the first candidate, None for itself."""
+
+    batch: int
+    name: str
+    latency: Latency
+    speedup: Ratio | None
+
+
+@dataclass
+class Measurement:
+    """All rows, and what was not measured and why."""
+
+    rows: list[Row] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON values."""
+        from compressor.profiles.machine import describe_machine
+
+        rows = []
+        for row in self.rows:
+            figures = row.latency.model_dump(mode="json", exclude={"samples_ms", "round_medians_ms"})
+            figures |= {"throughput": row.latency.throughput(row.batch)}
+            speedup = None if row.speedup is None else row.speedup._asdict()
+            rows.append({"batch": row.batch, "artifact": row.name, **figures, "speedup": speedup})
+        skipped = [{"artifact": name, "reason": reason} for name, reason in self.skipped]
+        return {"machine": describe_machine(), "rows": rows, "skipped": skipped}
+
+
+def measure_artifacts(
+    paths: Sequence[Path],
+    *,
+    batches: Sequence[int],
+    seconds: float,
+    rounds: int,
+    options: Mapping[str, Any] | None = None,
+    sizes: Mapping[str, int] | None = None,
+) -> Measurement:
+    """Measure candidates side by side, one batch size after the other.
+
+    Args:
+        paths: Artifact folders, run directories, graph files.
+        batches: Batch sizes.
+        seconds: For all candidates of one batch size.
+        rounds: At least 3.
+        options: For the runtimes, e.g. ``{"threads": 1}``.
+        sizes: Sizes of free axes other than the batch.
+
+    Raises:
+        RequestError: Nothing to measure at a path, or a free axis without a size.
+        TargetError: None of them runs on this machine.
+    """
+    measured = Measurement()
+    candidates = _open_all(_artifacts(paths), options or {}, measured)
+    for batch in batches:
+        calls: dict[str, Callable[[], object]] = {}
+        for candidate in candidates:
+            if candidate.largest is not None and batch > candidate.largest:
+                reason = f"batch {batch} is larger than the engine's {candidate.largest}"
+                measured.skipped.append((candidate.name, reason))
+                continue
+            calls[candidate.name] = partial(candidate.call, request(candidate, batch, sizes or {}))
+        if not calls:
+            continue
+        found = measure_interleaved(calls, rounds=rounds, budget_seconds=seconds)
+        first = next(iter(found.values()))
+        for name, latency in found.items():
+            measured.rows.append(Row(batch, name, latency, None if latency is first else ratio(first, latency)))
+    return measured
+
+
+def parse_sizes(texts: Iterable[str]) -> dict[str, int]:
+    """``AXIS=N`` strings as a mapping.
+
+    Raises:
+        RequestError: A string of another form.
+    """
+    sizes = {}
+    for text in texts:
+        axis, _, number = text.partition("=")
+        if not axis or not number.isdigit() or int(number) < 1:
+            raise RequestError(f"--size {text}: write --size AXIS=N, e.g. height=224")
+        sizes[axis] = int(number)
+    return sizes
+
+
+def request(candidate: Candidate, batch: int, sizes: Mapping[str, int]) -> dict[str, Array]:
+    """Arrays of the given batch size: integers are 0 (the first class, the first token), floats noise in [0, 1).
+
+    Raises:
+        RequestError: A free axis other than the batch has no size.
+    """
+    rng = np.random.default_rng(0)
+    arrays: dict[str, Array] = {}
+    for name, shape, dtype in candidate.inputs:
+        known = {BATCH_AXIS: batch, **sizes}
+        for axis in shape:
+            if isinstance(axis, str) and axis not in known:
+                raise RequestError(f"{candidate.name}: the axis {axis!r} of {name!r} is free: add --size {axis}=N")
+        concrete = tuple(known[axis] if isinstance(axis, str) else axis for axis in shape)
+        kind = np.dtype(dtype)
+        values = rng.random(concrete) if np.issubdtype(kind, np.floating) else np.zeros(concrete)
+        arrays[name] = values.astype(kind)
+    return arrays
+
+
+def _artifacts(paths: Sequence[Path]) -> list[Path]:
+    """What to open: a run stands for all of its artifacts."""
+    found: list[Path] = []
+    for path in paths:
+        if (path.is_file() and path.suffix in GRAPH_FILES) or (path / MANIFEST_FILE).is_file():
+            found.append(path)
+            continue
+        inside = sorted(manifest.parent for manifest in (path / "artifacts").rglob(MANIFEST_FILE))
+        if not inside:
+            kinds = ", ".join(GRAPH_FILES)
+            raise RequestError(f"{path} is no artifact, no run with artifacts and no {kinds} file")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+def _open_all(paths: Sequence[Path], options: Mapping[str, Any], measured: Measurement) -> list[Candidate]:
+    candidates = []
+    names = _short_names(paths)
+    for path in paths:
+        try:
+            candidates.append(_open(path, names[path], options))
+        except CompressorError as error:
+            if len(paths) == 1:
+                raise
+            measured.skipped.append((names[path], str(error)))
+    if not candidates:
+        raise TargetError(
+            f"none of the {len(paths)} artifacts runs on this machine; the first: {measured.skipped[0][1]}"
+        )
+    return candidates
+
+
+def _open(path: Path, name: str, options: Mapping[str, Any]) -> Candidate:
+    if path.is_file():
+        graph = open_graph(path, GRAPH_FILES[path.suffix], options)
+        return Candidate(name, graph, tuple((spec.name, spec.shape, spec.dtype) for spec in graph.inputs))
+    driver = load(path, options)
+    largest = (read_manifest(path, verify=False).target.get("batch") or {}).get("max")
+    ports = tuple((port.name, port.shape, port.dtype) for port in driver.inputs)
+    return Candidate(name, driver, ports, largest)
+
+
+def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
+    """The shortest ends of the paths that tell them apart."""
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return dict(zip(paths, names, strict=True))
+    return {path: str(path) for path in paths}
