@@ -100,12 +100,14 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 def save_model(model: Model, directory: Path) -> None:
-    """Write ``compressor.json`` and ``model.safetensors``; a plain diffusers class also as diffusers itself loads it.
+    """Write ``compressor.json`` and ``model.safetensors``; a plain library class also as the library itself loads it.
 
-    A model without edits, or whose edits left a plain library class (``info.extra["plain"]``), is saved with the
-    library's own ``save_pretrained``.
+    A diffusers model without edits, or whose edits left a plain library class (``info.extra["plain"]``), is saved with
+    the library's own ``save_pretrained``; timm and transformers get their own configuration beside the weights.
     """
     from safetensors.torch import save_model as save_weights
+
+    from compressor.models.classifier_loading import write_library_files
 
     with atomic_directory(directory) as temporary:
         if model.info.library == "diffusers" and (not model.info.edits or model.info.extra.get("plain")):
@@ -113,6 +115,7 @@ def save_model(model: Model, directory: Path) -> None:
             write_json(temporary / MODEL_FILE, _describe(model.info) | {"weights": "diffusers"})
         else:
             save_weights(model.module, str(temporary / WEIGHTS_FILE))
+            write_library_files(model, temporary)
             write_json(temporary / MODEL_FILE, _describe(model.info) | {"weights": WEIGHTS_FILE})
 
 

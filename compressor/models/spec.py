@@ -1,9 +1,14 @@
-"""Model specs: `diffusers:DIR_OR_ID[#subfolder]`, `run:RUN_DIR`, `python:module:factory`, and `demo:NAME`."""
+"""Model specs: a kind and what it names.
+
+    diffusers:DIR_OR_ID[#subfolder]   timm:NAME[@FILE][?key=value,...]   torchvision:NAME   transformers:DIR_OR_ID
+    run:RUN_DIR                       python:module:factory              demo:NAME
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +16,12 @@ from torch import nn
 
 from compressor.data.sources import import_object
 from compressor.errors import ModelError, RequestError, nearest
+from compressor.models.classifier_loading import LIBRARIES, build_classifier, load_classifier
 from compressor.models.model import Model, ModelInfo, load_model
 
 __all__ = ["KINDS", "build_module", "load_model_spec", "load_weights", "split_spec"]
 
-KINDS = ("demo", "diffusers", "python", "run")
+KINDS = ("demo", "diffusers", "python", "run", *LIBRARIES)
 
 
 def split_spec(spec: str) -> tuple[str, str]:
@@ -32,8 +38,16 @@ def split_spec(spec: str) -> tuple[str, str]:
     return kind, argument
 
 
-def load_model_spec(spec: str, *, trust_remote_code: bool = False) -> Model:
+def load_model_spec(
+    spec: str, *, trust_remote_code: bool = False, defaults: Mapping[str, Any] | None = None
+) -> Model:
     """Load a model; `demo:` specs are made by `compressor.models.demos` instead.
+
+    Args:
+        spec: ``KIND:NAME``.
+        trust_remote_code: Let a model folder bring code that is run.
+        defaults: ``num_classes`` and ``in_chans`` of a student classifier whose spec leaves them open (the task's
+            ``student_defaults``).
 
     Raises:
         ModelError: There is no such model, or its files are damaged.
@@ -41,6 +55,8 @@ def load_model_spec(spec: str, *, trust_remote_code: bool = False) -> Model:
     kind, argument = split_spec(spec)
     if kind == "diffusers":
         return _load_diffusers(argument, trust_remote_code)
+    if kind in LIBRARIES:
+        return load_classifier(kind, argument, defaults=defaults, trust_remote_code=trust_remote_code)
     if kind == "run":
         return load_model(Path(argument) / "student")
     if kind == "python":
@@ -65,6 +81,8 @@ def build_module(info: ModelInfo) -> nn.Module:
         config = {name: value for name, value in info.config.items() if not name.startswith("_")}
         module: nn.Module = _library_class("diffusers", info.architecture)(**config)
         return module
+    if info.library in LIBRARIES:
+        return build_classifier(info)
     if info.library == "python":
         module = import_object(info.architecture, "a module")(**info.config)
         return module

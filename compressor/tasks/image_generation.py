@@ -20,7 +20,7 @@ from compressor.errors import RequestError
 from compressor.evaluate import Feed, Metric
 from compressor.metrics.generated_images import GeneratedImages, judge_features
 from compressor.models.model import Model
-from compressor.runtimes.runtime import Array, Run
+from compressor.runtimes.runtime import Array, Driver, Run
 from compressor.tasks.task import Figure
 
 __all__ = ["TASK", "ImageGeneration"]
@@ -174,6 +174,26 @@ class ImageGeneration:
 
     def request(self, batch: int) -> dict[str, Array]:
         return {"label": np.arange(batch, dtype=np.int64) % (len(self.info.classes) or self._prompt_count())}
+
+
+    def pictures(self, driver: Driver, seed: int = 0, rows: int = 4, columns: int = 10) -> bytes:
+        """A sheet of samples as PNG: a column a label, every row with other noise."""
+        from io import BytesIO
+
+        from PIL import Image
+
+        labels = np.arange(columns, dtype=np.int64) % (len(self.info.classes) or self._prompt_count())
+        lines = [self.to_pixels(driver({"label": labels}, seed=seed + row)["image"]) for row in range(rows)]
+        channels = 3 if lines[0].shape[1] >= 3 else 1
+        sheet = np.stack(lines)[:, :, :channels]  # (rows, columns, C, H, W)
+        scale = max(1, 32 // sheet.shape[-1])
+        sheet = sheet.repeat(scale, axis=3).repeat(scale, axis=4)
+        padded = np.pad(sheet, ((0, 0), (0, 0), (0, 0), (1, 1), (1, 1)), constant_values=1.0)
+        grid = padded.transpose(0, 3, 1, 4, 2).reshape(rows * padded.shape[3], columns * padded.shape[4], channels)
+        picture = Image.fromarray((grid * 255).round().astype(np.uint8).squeeze())
+        buffer = BytesIO()
+        picture.save(buffer, format="PNG", optimize=True)
+        return buffer.getvalue()
 
 
 class _Chosen:

@@ -344,6 +344,11 @@ class PPCL:
     free: ClassVar[frozenset[str]] = frozenset({"keep", "active", "ffn", "text", "text_similarity"})
     """Configuration keys that another student of the same training may change."""
 
+    @staticmethod
+    def without_training(config: Mapping[str, Any]) -> dict[str, Any]:
+        """What to change so that a student of the same plugs needs no gradient step: it is no longer fine-tuned."""
+        return {stage: {**config[stage], "steps": 0} for stage in ("width", "finetune")}
+
     def __init__(self, config: Config) -> None:
         self.config = config
         self.notes: list[str] = []
@@ -358,8 +363,8 @@ class PPCL:
         count = len(teacher.stack.blocks)
         scores: Mapping[str, Tensor] = {}
         if config.intervals is None:
-            scores = yield Compute("probes", lambda: self._probe(teacher))  # type: ignore[misc]
-            scores = yield Compute("cka", lambda: self._chain(teacher, scores))  # type: ignore[misc]
+            scores = yield Compute("probes", lambda: self._probe(teacher), key=config.calibration)  # type: ignore[misc]
+            scores = yield Compute("cka", lambda: self._chain(teacher, scores), key=[config.reference, config.cka_streams])  # type: ignore[misc]
             # the first and the last block are never pruned
             runs = find_redundant_intervals(scores["cka"], 1, count - 2, config.min_similarity).tolist()
         else:
@@ -367,10 +372,10 @@ class PPCL:
         plugs = self._plugs(teacher, runs)
         if runs:
             yield self._depth(ctx, teacher, plugs)
-        survey = yield Compute("survey", lambda: self._survey(teacher, plugs))
+        survey = yield Compute("survey", lambda: self._survey(teacher, plugs), key=[config.ffn != 0, config.calibration])
         assert survey is not None
         slots = self._layout(teacher, plugs, scores, survey)
-        maps = yield Compute("maps", lambda: self._fit_maps(teacher, plugs, slots))
+        maps = yield Compute("maps", lambda: self._fit_maps(teacher, plugs, slots), key=_layout_key(slots))
         assert maps is not None
         self._student = student = self._assemble(ctx.student(like=teacher.model), plugs, slots, maps)
         yield from self._refine(ctx, teacher, Denoiser(student), plugs, slots)
@@ -447,8 +452,8 @@ class PPCL:
                     losses[ends[k]] = align(guesses[ends[k]], state)
             yield Update("plugs", losses)
 
-        optimizer = {"plugs": _adamw(plugs.parameters(), stage)}
-        return Train("depth", stage.steps, optimizer, self._draw.stream(stage.batch), step, {"plugs": plugs})
+        optimizer, key = {"plugs": _adamw(plugs.parameters(), stage)}, [list(plugs), self.config.init]
+        return Train("depth", stage.steps, optimizer, self._draw.stream(stage.batch), step, {"plugs": plugs}, key=key)
 
     # -- stage 2 --
 
@@ -681,7 +686,7 @@ class PPCL:
             self._draw.stream(config.finetune.batch),
             step,
             {"student": student.module},
-            key=[slot.plan | {"first": slot.first, "plug": slot.plug} for slot in slots],
+            key=_layout_key(slots),
         )
 
     def _train_width(self, teacher: Denoiser, student: Denoiser, plugs: nn.ModuleDict, slots: Sequence[Slot]) -> Train:
@@ -713,9 +718,8 @@ class PPCL:
 
         stage = self.config.width
         optimizer = {"width": _adamw(parameters, stage)}
-        key = [slot.plan | {"first": slot.first, "plug": slot.plug} for slot in slots]
         streams, left = self._draw.stream(stage.batch), {"student": student.module}
-        return Train("width", stage.steps, optimizer, streams, step, left, key=key)
+        return Train("width", stage.steps, optimizer, streams, step, left, key=_layout_key(slots))
 
     def _finetune_step(self, teacher: Denoiser, student: Denoiser) -> Callable[..., Any]:
         """``mean |v_S - v_T|^2 + mean |v_S - target|^2``, the teacher without guidance."""
@@ -830,6 +834,10 @@ def _ranking(plugs: nn.ModuleDict, scores: Mapping[str, Tensor], survey: Mapping
     if rank == "similarity" and "cka" in scores:
         return sorted(plugs, key=lambda key: -float(scores["cka"][tuple(map(int, key.split("-")))]))
     return sorted(plugs, key=lambda key: float(survey[f"error.{key}"]))
+
+
+def _layout_key(slots: Sequence[Slot]) -> list[dict[str, Any]]:
+    return [{**slot.plan, "first": slot.first, "plug": slot.plug} for slot in slots]
 
 
 def _size(blocks: Iterable[nn.Module]) -> int:

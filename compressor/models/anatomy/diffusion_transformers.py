@@ -70,7 +70,8 @@ class QwenImageStack(BlockStack):
         image = net.img_in(pack(sample))
         text = net.txt_in(net.txt_norm(condition["encoder_hidden_states"]))
         time = net.time_text_embed(timestep.to(image.dtype), image)
-        shapes = [[(1, size[0] // PACK, size[1] // PACK)]] * sample.shape[0]
+        # one entry serves the whole batch; a list of its length would fix the batch size in an exported graph
+        shapes = [[(1, size[0] // PACK, size[1] // PACK)]]
         positions = net.pos_embed(shapes, max_txt_seq_len=text.shape[1], device=image.device)
         mask = condition.get("encoder_attention_mask")
         context = {

@@ -11,7 +11,6 @@ from compressor.diffusion.denoiser import Denoiser, noised_batch
 from compressor.method import Context
 from compressor.models.model import Model, ModelInfo
 from compressor.models.spec import build_module
-from compressor.tasks.image_generation import ImageGeneration
 from compressor.training.curves import one_cycle
 from compressor.training.phase import Optim, Phases, Train, Update
 
@@ -26,6 +25,7 @@ class DigitsMMDiT:
     """
 
     name = "digits-mmdit"
+    task = "image-generation"
     data = "digits"
     steps = 700
     batch = 64
@@ -52,7 +52,7 @@ class DigitsMMDiT:
 
     def phases(self, model: Model, ctx: Context, steps: int) -> Phases:
         """Flow matching: the velocity's squared error at uniform levels."""
-        task = ImageGeneration({"train": self.data}, {})
+        task: Any = ctx.task
         denoiser, table = Denoiser(model), task.conditions(model)
         stream = ctx.stream("train", self.batch, view=task.view)
 

@@ -6,20 +6,26 @@ A judge is trained on the real images of the recipe's own data set, with a seed 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressor.atomic import atomic_directory
 from compressor.data.dataset import Dataset
+from compressor.log import Log
 from compressor.method import Context
+from compressor.models.demos.catalogue import trained
+from compressor.models.spec import load_weights
 from compressor.runtimes.runtime import Array
 from compressor.training.curves import cosine
 from compressor.training.phase import Optim, Phases, Train, Update
 
-__all__ = ["Judge", "JudgeNet"]
+__all__ = ["Judge", "JudgeNet", "JudgeRun", "judge_of"]
 
 
 class JudgeNet(nn.Module):
@@ -90,3 +96,20 @@ class JudgeRun:
         with torch.no_grad():
             logits, features = self.net(torch.from_numpy(np.ascontiguousarray(inputs["image"], np.float32)))
         return {"logits": logits.numpy(), "features": features.numpy()}
+
+
+def judge_of(task: Any, *, budget: float = 1.0, log: Log | None = None) -> JudgeRun | None:
+    """The judge of a generation task's data, from the cache or trained now; None where the data have no classes."""
+    dataset = task.dataset()
+    if not dataset.info.classes:
+        return None
+    judge = Judge(dataset, (lambda image: image * 2 - 1) if dataset.info.value_range is not None else lambda image: image)
+    directory = trained(judge, task, _save, budget=budget, log=log)
+    net = judge.build()
+    load_weights(net, directory)
+    return JudgeRun(net)
+
+
+def _save(net: JudgeNet, directory: Path) -> None:
+    with atomic_directory(directory) as temporary:
+        save_file(net.state_dict(), str(temporary / "judge.safetensors"))

@@ -1,0 +1,166 @@
+"""Measure models and engines: quality through the driver, latency side by side, sizes; the entries of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compressor.deployable import Deployable
+from compressor.errors import TargetError
+from compressor.evaluate import TorchRun, evaluate
+from compressor.models.model import Model
+from compressor.profiles.latency import Latency, measure_interleaved, ratio
+from compressor.profiles.report import Comparison
+from compressor.recipe import Benchmark, Evaluation
+from compressor.runtimes.load import driver_class, load_graphs
+from compressor.runtimes.manifest import Manifest, read_assets, read_manifest
+from compressor.runtimes.runtime import Array, Driver
+from compressor.tasks.task import Task
+
+__all__ = ["LoadedEngine", "block_parameters", "macs_per_sample", "measure_latency", "quality", "torch_driver"]
+
+
+def torch_driver(deployable: Deployable) -> Driver:
+    """The deployable's driver around its torch modules: the model before its export."""
+    runs = {name: TorchRun(graph.module.eval(), graph.outputs) for name, graph in deployable.graphs.items()}
+    return driver_class(deployable.driver.name)(runs, deployable.driver.settings, deployable.assets)
+
+
+def quality(task: Task, driver: Driver, settings: Evaluation, batch: int = 16) -> dict[str, float]:
+    """The task's figures of a driver, run in batches of at most ``batch``: use one size for all that is compared."""
+    feeds = task.feeds(settings.samples)
+    feeds = {name: replace(feed, batch=min(feed.batch, batch)) if feed.run else feed for name, feed in feeds.items()}
+    return evaluate(driver, feeds, task.metrics(), seed=settings.seed)
+
+
+def macs_per_sample(deployable: Deployable) -> int:
+    """Multiply-accumulate operations of one call of every graph, per sample."""
+    from compressor.profiles.size import macs
+
+    total = 0
+    for graph in deployable.graphs.values():
+        batch = next(iter(graph.inputs.values())).shape[0]
+        total += macs(graph.module, graph.inputs) // batch
+    return total
+
+
+def block_parameters(model: Model) -> int | None:
+    """Parameters of the repeated blocks, for models whose blocks can be walked."""
+    from compressor.models.anatomy.blocks import block_stack, walkable_classes
+
+    if type(model.module).__name__ not in walkable_classes():
+        return None
+    return sum(p.numel() for block in block_stack(model.module).blocks for p in block.parameters())
+
+
+class LoadedEngine:
+    """An artifact, loaded: its graphs to be timed one by one, and its driver.
+
+    Args:
+        directory: The artifact.
+
+    Raises:
+        TargetError: Its engine does not run here.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.manifest: Manifest = read_manifest(directory)
+        self.graphs = load_graphs(directory, self.manifest)
+        assets: Mapping[str, Array | str] = read_assets(directory, self.manifest)
+        self.driver: Driver = driver_class(self.manifest.driver.name)(
+            self.graphs, self.manifest.driver.settings, assets
+        )
+
+    def close(self) -> None:
+        """Free the graphs."""
+        for graph in self.graphs.values():
+            graph.close()
+
+
+def measure_latency(
+    engines: Mapping[str, LoadedEngine],
+    task: Task,
+    inputs: Mapping[str, Mapping[str, Array]],
+    settings: Benchmark,
+) -> dict[str, Any]:
+    """Time all engines side by side, graph by graph and request by request.
+
+    Args:
+        engines: By name.
+        task: Gives the driver's inputs.
+        inputs: Inputs of each graph, of one sample, by graph name; repeated to the batch size.
+        settings: Batch sizes, time and rounds.
+
+    Returns:
+        ``{engine: {"latency": {graph: {batch: Latency}}, "end_to_end": {batch: Latency}}}``
+    """
+    results: dict[str, Any] = {name: {"latency": {}, "end_to_end": {}} for name in engines}
+    for batch in settings.batches:
+        able = {name: engine for name, engine in engines.items() if _takes(engine.manifest, batch)}
+        if not able:
+            continue
+        for graph in sorted({graph for engine in able.values() for graph in engine.graphs}):
+            batched = {key: value.repeat(batch, axis=0) for key, value in inputs[graph].items()}
+            calls = {n: _graph_call(e, graph, batched) for n, e in able.items() if graph in e.graphs}
+            measured = measure_interleaved(calls, rounds=settings.rounds, budget_seconds=settings.seconds)
+            for name, latency in measured.items():
+                results[name]["latency"].setdefault(graph, {})[str(batch)] = latency
+        request = task.request(batch)
+        requests = {name: _request_call(engine.driver, request) for name, engine in able.items()}
+        measured = measure_interleaved(requests, rounds=settings.rounds, budget_seconds=settings.seconds)
+        for name, latency in measured.items():
+            results[name]["end_to_end"][str(batch)] = latency
+    return results
+
+
+def _takes(manifest: Manifest, batch: int) -> bool:
+    limits = manifest.target.get("batch") or {}
+    return int(limits.get("min", 1)) <= batch <= int(limits.get("max", batch))
+
+
+def _graph_call(engine: LoadedEngine, graph: str, inputs: Mapping[str, Array]) -> Callable[[], object]:
+    run = engine.graphs[graph]
+    return lambda: run(inputs)
+
+
+def _request_call(driver: Driver, request: Mapping[str, Array]) -> Callable[[], object]:
+    return lambda: driver(request, seed=0)
+
+
+def compare_latency(results: Mapping[str, Any], reference: str, student: str, target: str) -> list[Comparison]:
+    """Ratios of the reference's latency to the student's, per call and per request; above 1 the student is faster."""
+    found = []
+    pairs = [(f"one call of {graph}", graph) for graph in results[student]["latency"]]
+    for what, graph in [*pairs, ("one request", None)]:
+        ours = results[student]["latency"][graph] if graph else results[student]["end_to_end"]
+        theirs = results[reference]["latency"].get(graph, {}) if graph else results[reference]["end_to_end"]
+        for batch, latency in ours.items():
+            if batch in theirs:
+                between = ratio(_latency(theirs[batch]), _latency(latency))
+                found.append(
+                    Comparison(
+                        what=f"latency of {what}",
+                        a="teacher",
+                        b="student",
+                        ratio=between.value,
+                        low=between.low,
+                        high=between.high,
+                        target=target,
+                        batch=int(batch),
+                    )
+                )
+    return found
+
+
+def _latency(value: Latency | Mapping[str, Any]) -> Latency:
+    return value if isinstance(value, Latency) else Latency.model_validate(value)
+
+
+def load_engine(directory: Path) -> LoadedEngine | str:
+    """The loaded engine, or the reason why it does not run here."""
+    try:
+        return LoadedEngine(directory)
+    except TargetError as error:
+        return str(error)

@@ -1,0 +1,222 @@
+"""Where features are read in a classifier of any library: its stages, and the head that reads its embedding.
+
+timm says it itself (``feature_info``). Elsewhere a run on one image shows it: a stage is the last unit of a chain of
+layers before the resolution falls; a transformer, whose resolution does not fall, is cut into quarters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compressor.errors import RequestError
+from compressor.models.taps import first_tensor
+
+__all__ = ["FeatureLayer", "as_embedding", "as_map", "head_layer", "layers_named", "stages"]
+
+_MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens stand before those of the image
+
+
+@dataclass(frozen=True)
+class FeatureLayer:
+    """A layer whose output is a feature map.
+
+    Attributes:
+        name: As in ``named_modules``.
+        shape: (C, H, W) of its map for one image of the data.
+    """
+
+    name: str
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Call:
+    name: str
+    module: nn.Module
+    output: Tensor
+
+
+def stages(module: nn.Module, run: Callable[[], Any]) -> list[FeatureLayer]:
+    """The stages of a network, shallow to deep.
+
+    Args:
+        module: The network.
+        run: Calls it once, on one image.
+
+    Raises:
+        RequestError: It has no layer whose output is a map or a sequence of tokens.
+    """
+    calls = _record(module, run)
+    named = _timm_names(module, calls) or _by_resolution(module, calls) or _by_depth(calls)
+    if not named:
+        raise RequestError(f"{type(module).__name__} shows no feature maps: name the layers in the configuration")
+    return [FeatureLayer(name, _map_shape(calls, name)) for name in named]
+
+
+def layers_named(module: nn.Module, run: Callable[[], Any], names: Sequence[str]) -> list[FeatureLayer]:
+    """Layers that the user named, with the shapes of their maps.
+
+    Raises:
+        RequestError: A layer does not exist, does not run, or returns no map.
+    """
+    from compressor.models.taps import tap
+
+    with tap(module, *names) as found, torch.no_grad():
+        run()
+    for name in names:
+        if name not in found:
+            raise RequestError(f"the layer {name!r} of {type(module).__name__} does not run")
+    return [FeatureLayer(name, _shape(as_map(found[name]))) for name in names]
+
+
+def head_layer(module: nn.Module, run: Callable[[], Any]) -> str:
+    """The name of the layer that turns the embedding into logits: the last linear layer of their width.
+
+    Args:
+        module: The network.
+        run: Calls it once, on one image, and returns its logits (1, K).
+
+    Raises:
+        RequestError: There is none.
+    """
+    logits: list[Tensor] = []
+    calls = _record(module, lambda: logits.append(run()))
+    width = logits[0].shape[-1]
+    found = [c.name for c in calls if isinstance(c.module, (nn.Linear, nn.Conv2d)) and _width(c.module) == width]
+    if not found:
+        raise RequestError(f"{type(module).__name__} has no linear layer of {width} outputs to read the embedding at")
+    return found[-1]
+
+
+def as_map(features: Tensor) -> Tensor:
+    """Features as a map (B, C, H, W): channels last become first, tokens (B, N, C) a square without prefix tokens.
+
+    Raises:
+        RequestError: They are neither.
+    """
+    if features.dim() == 4:
+        _, first, second, third = features.shape
+        # Swin and its kin keep channels last; only a square map shows it.
+        last = first == second and second != third
+        return features.permute(0, 3, 1, 2) if last else features
+    if features.dim() == 3:
+        count = features.shape[1]
+        for prefix in range(min(_MAX_PREFIX_TOKENS, count)):
+            edge = math.isqrt(count - prefix)
+            if edge * edge == count - prefix:
+                return features[:, prefix:].transpose(1, 2).unflatten(2, (edge, edge))
+    raise RequestError(f"features of shape {tuple(features.shape)} are no map (B, C, H, W) and no square of tokens")
+
+
+def as_embedding(features: Tensor) -> Tensor:
+    """Features as vectors (B, D): the mean over positions of a map (B, D, H, W) or of tokens (B, N, D)."""
+    if features.dim() == 4:
+        return features.mean(dim=(2, 3))
+    return features.mean(dim=1) if features.dim() == 3 else features
+
+
+def _record(module: nn.Module, run: Callable[[], Any]) -> list[_Call]:
+    """Every layer's last call on one image, in the order in which they end."""
+    calls: dict[str, _Call] = {}
+
+    def recorder(name: str) -> Any:
+        def record(layer: nn.Module, args: Any, output: Any) -> None:
+            found = first_tensor(output)
+            if found is not None:
+                calls.pop(name, None)
+                calls[name] = _Call(name, layer, found)
+
+        return record
+
+    handles = [layer.register_forward_hook(recorder(name)) for name, layer in module.named_modules() if name]
+    modes = {layer: layer.training for layer in module.modules()}
+    try:
+        with torch.no_grad():
+            module.eval()
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer, training in modes.items():
+            layer.training = training
+    return list(calls.values())
+
+
+def _timm_names(module: nn.Module, calls: Sequence[_Call]) -> list[str]:
+    """What ``feature_info`` of timm lists, one layer a resolution; quarters of it where there is one resolution."""
+    info = getattr(module, "feature_info", None)
+    entries = info if isinstance(info, list) else list(getattr(info, "info", None) or [])
+    ran = {call.name for call in calls}
+    named = [entry["module"] for entry in entries if isinstance(entry, dict) and entry.get("module") in ran]
+    reductions = {entry.get("reduction") for entry in entries if isinstance(entry, dict)}
+    if len(named) < 2 or len(named) < len(entries):
+        return []
+    return _quarters(named) if len(reductions) == 1 else named
+
+
+def _by_resolution(module: nn.Module, calls: Sequence[_Call]) -> list[str]:
+    """The outermost last unit at each resolution: a child of the network itself, or of a chain of layers."""
+    names = dict(module.named_modules())
+    last: dict[tuple[int, ...], tuple[int, str]] = {}
+    smallest = math.inf
+    for call in calls:
+        parent, _, _ = call.name.rpartition(".")
+        size = _map_size(call.output)
+        if size is None or (parent and not isinstance(names[parent], (nn.Sequential, nn.ModuleList))):
+            continue
+        smallest, depth = min(smallest, math.prod(size)), call.name.count(".")
+        # A size that grows again is a pooling layer in front of the head.
+        if math.prod(size) == smallest and (size not in last or depth <= last[size][0]):
+            last[size] = (depth, call.name)
+    found = [name for size, (_, name) in last.items() if math.prod(size) > 1]
+    return found if len(found) > 1 else []
+
+
+def _by_depth(calls: Sequence[_Call]) -> list[str]:
+    """Quarters of the longest chain of layers that return tokens or maps of one size."""
+    chains = Counter(call.name.rpartition(".")[0] for call in calls if call.output.dim() in (3, 4))
+    chained = [parent for parent, count in chains.items() if count > 1]
+    best: list[str] = []
+    for parent in chained:
+        members = [c for c in calls if c.name.rpartition(".")[0] == parent and c.output.dim() in (3, 4)]
+        shape = Counter(tuple(c.output.shape) for c in members).most_common(1)[0][0]
+        kind = Counter(type(c.module) for c in members).most_common(1)[0][0]
+        alike = [c.name for c in members if tuple(c.output.shape) == shape and type(c.module) is kind]
+        best = alike if len(alike) > len(best) else best
+    return _quarters(best)
+
+
+def _quarters(names: Sequence[str]) -> list[str]:
+    """At most four of them, evenly spread, the last included."""
+    count = min(4, len(names))
+    return [names[(k + 1) * len(names) // count - 1] for k in range(count)]
+
+
+def _map_size(features: Tensor) -> tuple[int, int] | None:
+    if features.dim() not in (3, 4):
+        return None
+    try:
+        height, width = as_map(features).shape[-2:]
+    except RequestError:
+        return None
+    return int(height), int(width)
+
+
+def _map_shape(calls: Sequence[_Call], name: str) -> tuple[int, int, int]:
+    return _shape(as_map(next(call.output for call in calls if call.name == name)))
+
+
+def _shape(features: Tensor) -> tuple[int, int, int]:
+    channels, height, width = features.shape[1:]
+    return int(channels), int(height), int(width)
+
+
+def _width(layer: nn.Linear | nn.Conv2d) -> int:
+    return layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels

@@ -1,0 +1,186 @@
+"""From what a run directory remembers to the report: teacher, student, engines, comparisons, curve, samples."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compressor.errors import ArtifactError
+from compressor.profiles.latency import Latency
+from compressor.profiles.machine import describe_machine
+from compressor.profiles.report import (
+    Comparison,
+    CurvePoint,
+    EngineEntry,
+    MetricInfo,
+    ModelEntry,
+    Parity,
+    Report,
+    SampleSheet,
+    TaskInfo,
+)
+from compressor.recipe import Recipe
+from compressor.run_directory import RunDirectory
+from compressor.runtimes.manifest import Manifest, read_manifest
+from compressor.tasks.task import Task
+
+__all__ = ["make_report"]
+
+
+def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[str]) -> Report:
+    """Build the report of a run from its stored stages; nothing is measured here."""
+    stages = folder.stages
+    evaluated = {n.removeprefix("evaluate "): s.get("facts", {}) for n, s in stages.items() if n.startswith("evaluate ")}
+    timings = _timings(folder)
+    artifacts = [name.removeprefix("export ") for name in stages if name.startswith("export ")]
+    engines = [_engine(folder, name, evaluated.get(name, {}), timings.get(name, {})) for name in artifacts]
+    models = [_model(name, facts) for name, facts in evaluated.items() if "macs" in facts]
+    figures = [MetricInfo(**vars(figure)) for figure in _figures(task, models)]
+    method = " + ".join(entry.name for entry in recipe.methods)
+    return Report(
+        title=f"{method} on {', '.join(recipe.data.values())}",
+        recipe=recipe.to_dict(),
+        machine=describe_machine(),
+        task=TaskInfo(name=task.name, metrics=figures),
+        models=models,
+        engines=engines,
+        comparisons=_comparisons(timings),
+        curve=_curve(models, engines),
+        training=_training(folder.checkpoints / "history.json"),
+        samples=_samples(evaluated),
+        skipped=[f"{e.model} on {e.target}: {e.reason}" for e in engines if e.reason],
+        notes=notes,
+    )
+
+
+def _figures(task: Task, models: list[ModelEntry]) -> list[Any]:
+    """The task's figures, of which this run has computed some: a judge may be missing when a report is made again."""
+    known = {figure.name: figure for figure in task.figures}
+    all_figures = list(getattr(task, "all_figures", known.values()))
+    computed = {name for model in models for name in (model.metrics or {})}
+    return [figure for figure in all_figures if figure.name in computed]
+
+
+def _timings(folder: RunDirectory) -> dict[str, dict[str, Any]]:
+    """Latencies by artifact, of all benchmarks."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, stage in folder.stages.items():
+        if name.startswith("benchmark"):
+            for artifact, values in stage.get("facts", {}).items():
+                parsed = {
+                    "latency": {g: _latencies(one) for g, one in values["latency"].items()},
+                    "end_to_end": _latencies(values["end_to_end"]),
+                }
+                # the run's own benchmark has all of them side by side; a later one only adds
+                found.setdefault(artifact, parsed)
+    return found
+
+
+def _latencies(values: Mapping[str, Any]) -> dict[str, Latency]:
+    return {batch: Latency.model_validate(value) for batch, value in values.items()}
+
+
+def _model(name: str, facts: Mapping[str, Any]) -> ModelEntry:
+    kept = ("parameters", "block_parameters", "bytes", "macs", "metrics")
+    return ModelEntry(name=name, **{key: facts.get(key) for key in kept})
+
+
+def _split(name: str) -> tuple[str, str]:
+    """(model, target) of an artifact's name."""
+    model, _, target = name.rpartition("/")
+    return model or "student", target
+
+
+def _engine(
+    folder: RunDirectory, name: str, facts: Mapping[str, Any], timing: Mapping[str, Any]
+) -> EngineEntry:
+    model, target = _split(name)
+    export_facts = folder.stages[f"export {name}"].get("facts", {})
+    try:
+        manifest = read_manifest(folder.artifact(name), verify=False)
+    except ArtifactError as error:
+        reason = str(export_facts.get("reason") or error)
+        return EngineEntry(model=model, target=target, built=False, runnable=False, reason=reason)
+    reason = str(facts.get("reason", ""))
+    return EngineEntry(
+        model=model,
+        target=target,
+        runtime=str(manifest.target.get("runtime", "")),
+        engine=f"{manifest.engine.name} {manifest.engine.version}".strip(),
+        precision=str(manifest.target.get("precision", "")),
+        runnable=not reason,
+        reason=reason,
+        bytes=facts.get("bytes"),
+        parity=_parity(manifest),
+        load_ms=facts.get("load_ms"),
+        first_ms=facts.get("first_ms"),
+        peak_memory_mb=facts.get("peak_memory_mb"),
+        latency=timing.get("latency", {}),
+        end_to_end=timing.get("end_to_end", {}),
+        metrics=facts.get("metrics"),
+        notes=list(manifest.notes),
+    )
+
+
+def _parity(manifest: Manifest) -> list[Parity]:
+    kept = ("output", "relative", "tolerance", "max_absolute", "judged_by", "records")
+    return [
+        Parity(graph=graph, **{key: getattr(parity, key) for key in kept if hasattr(parity, key)})
+        for graph, entry in manifest.graphs.items()
+        for parity in entry.parity
+    ]
+
+
+def _comparisons(timings: Mapping[str, Any]) -> list[Comparison]:
+    from compressor.measurement import compare_latency
+
+    found = []
+    for name in timings:
+        reference = f"teacher/{name}"
+        if reference in timings:
+            found += compare_latency(timings, reference, name, name)
+    return found
+
+
+def _curve(models: list[ModelEntry], engines: list[EngineEntry]) -> list[CurvePoint]:
+    """Every student of the run on every engine that was timed, where there are several students."""
+    students = [model for model in models if model.name != "teacher"]
+    if len(students) < 2:
+        return []
+    points = []
+    for model in [m for m in models if m.name == "teacher"] + students:
+        for engine in engines:
+            if engine.model == model.name and engine.whole:
+                batch = next(iter(engine.whole))
+                points.append(
+                    CurvePoint(
+                        label=model.name,
+                        model=model.name,
+                        parameters=model.parameters,
+                        bytes=engine.bytes,
+                        metrics=engine.metrics or {},
+                        latency_ms=engine.whole[batch].p50,
+                        target=engine.target,
+                    )
+                )
+    return points
+
+
+def _training(path: Path) -> dict[str, dict[str, list[Any]]]:
+    try:
+        history: dict[str, dict[str, list[Any]]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return history
+
+
+def _samples(evaluated: Mapping[str, Mapping[str, Any]]) -> list[SampleSheet]:
+    sheets = []
+    for name, facts in evaluated.items():
+        if "png" in facts:
+            model, target = _split(name)
+            title = name if "macs" in facts else f"{model} on {target}"
+            sheets.append(SampleSheet(title=title, png_base64=facts["png"], caption="Same labels, same noise for all."))
+    return sheets
