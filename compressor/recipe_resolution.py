@@ -237,8 +237,10 @@ def _apply_setting(
     names = [entry["name"] for entry in entries]
     if head == "methods":
         raise RequestError(
-            f"--set {setting}: methods are chosen by --method, their keys set by --set {names[-1]}.KEY=VALUE"
+            f"--set {setting}: --method chooses methods; their keys are set by --set {names[-1]}.KEY=VALUE"
         )
+    if key.removeprefix("recipe.") == "sparsity":
+        raise RequestError(f"--set {setting}: write --sparsity {value}")
     in_recipe = field_at(Recipe, key.split("."))[0]
     owners = [place for place, method in enumerate(classes) if field_at(method.Config, key.split("."))[0]]
     if head == "recipe" and rest and field_at(Recipe, rest.split("."))[0]:

@@ -285,12 +285,10 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{file} is damaged: name another --out, or use --overwrite to start afresh"
-        ) from error
+        raise CheckpointError(f"{file} is damaged: name another --out, or use --overwrite to start afresh") from error
     if not isinstance(state, dict) or state.get("schema") != SCHEMA or not isinstance(state.get("stages"), dict):
         raise CheckpointError(
-            f"{file} was written by another version or is damaged: name another --out, or use --overwrite"
+            f"{file} is damaged or of another version: name another --out, or use --overwrite to start afresh"
         )
     return state
 

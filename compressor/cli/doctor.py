@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +77,8 @@ PROBES = (
 
 def doctor(context: typer.Context) -> None:
     """Versions, devices, which engines load, and what is missing."""
+    import platform
+
     findings = examine(PROBES)
     machine = {
         "compressor": __version__,
@@ -95,6 +94,8 @@ def doctor(context: typer.Context) -> None:
 
 def examine(probes: Sequence[Probe]) -> list[Finding]:
     """Import every library in a process of its own: one that crashes harms nobody."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(max_workers=2) as pool:
         return list(pool.map(_examine, probes))
 
@@ -110,6 +111,8 @@ def _examine(probe: Probe) -> Finding:
 
 def _ask(probe: Probe) -> tuple[dict[str, Any] | None, str]:
     """The library's answer, or why there is none."""
+    import subprocess
+
     code = (
         "import importlib, importlib.util, json\n"
         f"names = [n for n in {probe.modules!r} if importlib.util.find_spec(n)]\n"

@@ -125,11 +125,8 @@ def _run(terminal: Terminal, recipe: Recipe, directory: Path, overwrite: bool) -
     finally:
         log.close()
     if log.leads:
-        terminal.show({"run": str(directory), "report": str(report)}, lambda console: _say_report(console, report))
-
-
-def _say_report(console: Console, report: Path) -> None:
-    console.print(f"report: {report}", markup=False, soft_wrap=True)
+        # people have read it in the log's last line
+        terminal.show({"run": str(directory), "report": str(report)}, lambda console: None)
 
 
 def _show_plan(terminal: Terminal, recipe: Recipe, directory: Path) -> None:
