@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Literal, TypeVar, cast
@@ -42,6 +43,10 @@ class Distributed:
         state = PartialState(cpu=wanted is not None and wanted.type == "cpu", timeout=timedelta(hours=2))
         self.rank, self.processes = state.process_index, state.num_processes
         self.device: torch.device = state.device if wanted is None or self.processes > 1 else wanted
+        if self.device.type == "cpu":
+            self.device = torch.device("cpu")
+        if self.processes > 1:
+            atexit.register(self.close)  # a process that leaves without a word can take the others down
         if wanted is not None and wanted.type != self.device.type:
             raise RequestError(f"the processes were started on {self.device.type}, not {wanted.type}")
 

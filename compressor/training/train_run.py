@@ -176,7 +176,7 @@ class TrainRun:
             return
         for name, owner in self._owners.items():
             sums = torch.stack([p.detach().double().sum().cpu() for p in owner.params if not is_sharded(p)])
-            if not torch.equal(sums, self._distributed.broadcast_object(sums)):
+            if not self._distributed.all(torch.equal(sums, self._distributed.broadcast_object(sums))):
                 raise RequestError(
                     f"the processes start phase {self.name!r} with different weights of {name!r}: "
                     "whatever initialises them must not depend on the process"

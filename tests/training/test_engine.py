@@ -25,7 +25,7 @@ Step = Callable[[dict[str, Batch], int], Iterator[Update]]
 
 def run(directory: Path, *phases: Train | Compute, **options: Any) -> Engine:
     def generate() -> Phases:
-        for phase in phases:  # noqa: UP028: a tuple cannot be sent the answers
+        for phase in phases:  # noqa: UP028 (a tuple cannot be sent the answers)
             yield phase
 
     engine = Engine(directory, distributed=Distributed.single(), randomness=Randomness(0), fingerprint="", **options)
