@@ -19,6 +19,7 @@ from torch import Tensor
 
 from compressor.atomic import write_json
 from compressor.errors import InterruptedRunError, RequestError
+from compressor.training.batches import Batches
 from compressor.training.distributed import Distributed
 from compressor.training.interruption import Interruption
 from compressor.training.phase import Compute, Phases, Train
@@ -45,6 +46,7 @@ class Engine:
         checkpoint_steps: Write one every so many steps, too.
         log_seconds: Time between two "progress" events.
         progress: Show a progress bar.
+        loader_threads: Threads that make batches ahead; 0 makes each when its step begins.
         precision: "bf16" runs the steps (not the backward, nor the update) under autocast.
         replay: Only read: finished phases are loaded, other results are computed but not stored, and training is
             refused. So another student of the same training is made.
@@ -65,6 +67,7 @@ class Engine:
         checkpoint_steps: int | None = None,
         log_seconds: float = 10,
         progress: bool = False,
+        loader_threads: int = 0,
         precision: Literal["fp32", "bf16"] = "fp32",
         replay: bool = False,
     ) -> None:
@@ -78,7 +81,7 @@ class Engine:
         self._chain, self._log_to = fingerprint, log
         self._checkpoint_seconds, self._checkpoint_steps = checkpoint_seconds, checkpoint_steps
         self._log_seconds, self._progress = log_seconds, progress and distributed.is_main
-        self._precision, self._replay = precision, replay
+        self._precision, self._replay, self._loader_threads = precision, replay, loader_threads
         self._interruption = Interruption()
         self._before: PhaseStore | None = None  # of the Train phase before this one
 
@@ -134,15 +137,15 @@ class Engine:
         return None
 
     def _compute(self, phase: Compute, name: str, store: PhaseStore) -> dict[str, Tensor]:
-        if self._replay and not store.finished():
-            return {key: value.detach().cpu().clone() for key, value in _as_tensors(phase.run(), name).items()}
-        if not store.finished():
+        if store.finished():
+            self._log("phase-loaded", name)
+        elif self._replay:
+            return {key: value.detach().cpu().contiguous() for key, value in _as_tensors(phase.run(), name).items()}
+        else:
             self._log("phase-start", name, kind="compute")
             started = time.monotonic()
             store.finish(_as_tensors(phase.run(), name))
             self._log("phase-end", name, seconds=time.monotonic() - started)
-        else:
-            self._log("phase-loaded", name)
         # Read back even when it was computed just now: the method sees the same in both cases.
         result: dict[str, Tensor] = store.load_finished()
         return result
@@ -182,9 +185,12 @@ class Engine:
 
     def _steps(self, run: TrainRun, store: PhaseStore) -> None:
         steps, saved, logged, logged_step = run.phase.steps, time.monotonic(), time.monotonic(), run.done
-        with ProgressBar(run.name, run.done, steps, self._progress) as bar:
+        with (
+            ProgressBar(run.name, run.done, steps, self._progress) as bar,
+            Batches(run.phase.streams, steps, self._loader_threads) as batches,
+        ):
             while run.done < steps:
-                run.step()
+                run.step(batches)
                 if run.validation_due():
                     self._log("validation", run.name, step=run.done, score=run.validate())
                 now = time.monotonic()

@@ -126,7 +126,8 @@ class Compute:
 
     Attributes:
         name: Unique within the method.
-        run: Returns named arrays or tensors; they are stored, and handed back by ``yield``, as tensors on the CPU.
+        run: Returns named arrays or tensors; they are stored, and handed back by ``yield``, as tensors on the CPU. With
+            several processes it runs on all, and the main one's result counts.
         key: JSON; what else decides the result. A stored result with another key is computed again.
     """
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from compressor.errors import CheckpointError, RequestError
+from compressor.training.batches import Batches
 from compressor.training.checkpoint import place_like
 from compressor.training.distributed import Distributed, is_sharded
 from compressor.training.history import LossHistory
@@ -68,16 +69,16 @@ class TrainRun:
             self._restore(restored)
         self._check_equal_start()
 
-    def step(self) -> None:
+    def step(self, batches: Batches) -> None:
         """Do the next step."""
         i = self.done
         for owner in self._owners.values():
             owner.set_rate(i)
         # Seeding every step makes the global generators a function of the step: there is no state of theirs to save.
         self._randomness.seed_global(i, "step", shared=False, device=self._distributed.device)
-        batches = {name: stream[i] for name, stream in self.phase.streams.items()}
+        batch = batches[i]
         with self._autocast():
-            steps = self.phase.step(batches, i)
+            steps = self.phase.step(batch, i)
         if not isinstance(steps, Iterator):
             raise RequestError(
                 f"the step of phase {self.name!r} must yield Update objects, but returned {type(steps).__name__}"

@@ -312,6 +312,25 @@ def one_step(module: nn.Module) -> Step:
     return step
 
 
+@pytest.mark.parametrize("threads", [0, 2])
+def test_failure_to_make_a_batch_stops_the_run(tmp_path: Path, threads: int) -> None:
+    module = network()
+
+    class Broken:
+        def __getitem__(self, i: int) -> Batch:
+            raise ValueError("no such picture")
+
+    phase = train(one_step(module), {"module": Optim(module.parameters())})
+    phase.streams = {"train": Broken()}  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="no such picture"):
+        run(tmp_path, phase, loader_threads=threads)
+
+
+def test_empty_result_of_a_compute_phase_is_allowed_and_none_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, Compute("nothing", dict))
+    refused(tmp_path, "must return named arrays, not NoneType", Compute("none", lambda: None))  # type: ignore[arg-type,return-value]
+
+
 def test_phase_of_no_steps_is_skipped(tmp_path: Path) -> None:
     module = network()
     before = module[0].weight.detach().clone()

@@ -14,7 +14,7 @@ import pytest
 import torch
 from toy_methods import Countdown, Killed, kill_at, run_toy, same_bits
 
-from compressor.errors import InterruptedRunError
+from compressor.errors import InterruptedRunError, RequestError
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +36,32 @@ def test_run_goes_on_to_the_same_bits_when_killed_at_any_event(
     tmp_path: Path, whole: dict[str, Any], checkpoint_steps: int | None
 ) -> None:
     assert whole["events"] > 30
-    for event in range(whole["events"]):
+    for event in range(0, whole["events"], 1 if checkpoint_steps == 2 else 3):
         directory = tmp_path / str(event)
         with pytest.raises(Killed):
             run_toy(directory, kill_at(event), checkpoint_steps=checkpoint_steps)
         toy, engine = run_toy(directory, checkpoint_steps=checkpoint_steps)
         assert same_bits(toy.result(), whole["result"]), f"killed at event {event}"
         assert engine.history == whole["history"], f"killed at event {event}"
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_run_gives_the_same_bits_when_threads_make_its_batches(
+    tmp_path: Path, whole: dict[str, Any], threads: int
+) -> None:
+    with pytest.raises(Killed):
+        run_toy(tmp_path, kill_at(9), loader_threads=threads)
+    toy, _ = run_toy(tmp_path, loader_threads=threads)
+    assert same_bits(toy.result(), whole["result"])
+
+
+def test_replay_loads_what_was_trained_and_refuses_to_train(tmp_path: Path, whole: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match="phase '0-toy/adversarial' would have to be trained anew"):
+        run_toy(tmp_path, replay=True)
+    assert not list(tmp_path.rglob("finished"))
+    run_toy(tmp_path)
+    toy, engine = run_toy(tmp_path, replay=True)
+    assert same_bits(toy.result(), whole["result"]) and engine.history == whole["history"]
 
 
 def test_run_goes_on_to_the_same_bits_when_killed_again_and_again(tmp_path: Path, whole: dict[str, Any]) -> None:
