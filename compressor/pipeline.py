@@ -341,7 +341,9 @@ def _scaled(entry: MethodEntry, recipe: Recipe, changes: Mapping[str, object] | 
 
 def _with_steps(config: dict[str, Any], steps: int, name: str) -> dict[str, Any]:
     """Put ``--steps`` where the method's only number of steps stands."""
-    places = [key for key, value in config.items() if key == "steps" or (isinstance(value, Mapping) and value.get("steps"))]
+    places = [
+        key for key, value in config.items() if key == "steps" or (isinstance(value, Mapping) and value.get("steps"))
+    ]
     if len(places) != 1:
         phases = ", ".join(f"{name}.{place}.steps" for place in places) or "no phase"
         raise RequestError(f"--steps suits methods of one training phase; {name} has {phases}: use --set or --budget")
@@ -362,7 +364,9 @@ def _variant(work: _Work, settings: Mapping[str, object]) -> _Made:
             raise RequestError(f"--set {key}: not a key that a trained run can change: {hint}")
     changes = dict(settings) | method.without_training(entry.config)
     made = work.train(replay=True, changes=changes)
-    made.label = ",".join(f"{key}={value}" for key, value in sorted(settings.items())).replace("/", "_").replace(" ", "")
+    made.label = (
+        ",".join(f"{key}={value}" for key, value in sorted(settings.items())).replace("/", "_").replace(" ", "")
+    )
     return made
 
 
@@ -578,5 +582,3 @@ def _write_report(work: _Work, made: _Made | None = None) -> Path:
     report: Report = make_report(work.recipe, work.folder, work.task, notes)
     report.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     return report.save(work.folder.report)
-
-

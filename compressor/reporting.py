@@ -32,7 +32,9 @@ __all__ = ["make_report"]
 def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[str]) -> Report:
     """Build the report of a run from its stored stages; nothing is measured here."""
     stages = folder.stages
-    evaluated = {n.removeprefix("evaluate "): s.get("facts", {}) for n, s in stages.items() if n.startswith("evaluate ")}
+    evaluated = {
+        n.removeprefix("evaluate "): s.get("facts", {}) for n, s in stages.items() if n.startswith("evaluate ")
+    }
     timings = _timings(folder)
     artifacts = [name.removeprefix("export ") for name in stages if name.startswith("export ")]
     engines = [_engine(folder, name, evaluated.get(name, {}), timings.get(name, {})) for name in artifacts]
@@ -93,9 +95,7 @@ def _split(name: str) -> tuple[str, str]:
     return model or "student", target
 
 
-def _engine(
-    folder: RunDirectory, name: str, facts: Mapping[str, Any], timing: Mapping[str, Any]
-) -> EngineEntry:
+def _engine(folder: RunDirectory, name: str, facts: Mapping[str, Any], timing: Mapping[str, Any]) -> EngineEntry:
     model, target = _split(name)
     export_facts = folder.stages[f"export {name}"].get("facts", {})
     try:

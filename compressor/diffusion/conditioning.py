@@ -81,7 +81,8 @@ def _check_own(own: Mapping[str, Array], stack: BlockStack, info: DataInfo) -> d
         table = np.asarray(own[name])
         wanted = tuple(size for size in field.shape if size != "tokens")
         if field.shape and (table.ndim != len(field.shape) + 1 or table.shape[table.ndim - len(wanted) :] != wanted):
-            raise RequestError(f"`{name}` of the set {info.name!r} has rows of shape {table.shape[1:]}, the model takes "
-                               f"{field.shape}")
+            raise RequestError(
+                f"`{name}` of the set {info.name!r} has rows of shape {table.shape[1:]}, the model takes {field.shape}"
+            )
         fields[name] = table.astype(np.int64 if field.integer else np.float32)
     return fields

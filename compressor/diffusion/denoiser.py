@@ -83,11 +83,7 @@ class DenoiserGraph(nn.Module):
         return stack.forward(sample, timestep, condition)[:, : stack.channels]
 
 
-def noised_batch(
-    denoiser: Denoiser, clean: Tensor, noise: Tensor, uniform: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def noised_batch(denoiser: Denoiser, clean: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Noise a batch at training levels: ``(noised, level, target)``."""
     level = denoiser.schedule.level(uniform)
     return denoiser.schedule.add_noise(clean, noise, level), level, denoiser.target(clean, noise, level)
-
-

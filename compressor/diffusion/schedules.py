@@ -165,7 +165,9 @@ def schedule_from_config(config: dict[str, Any] | None, *, architecture: str) ->
         return FlowSchedule(float(config.get("shift", config.get("flow_shift", 1.0)) or 1.0), scale)
     kind = config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction", "sample"):
-        raise ModelError(f"the scheduler {name} predicts {kind!r}; epsilon, v_prediction, sample and flow are supported")
+        raise ModelError(
+            f"the scheduler {name} predicts {kind!r}; epsilon, v_prediction, sample and flow are supported"
+        )
     return DiscreteSchedule(_alphas_cumprod(config, name), kind)
 
 

@@ -57,8 +57,10 @@ class ImageGeneration:
             self.options = Options(**options)
         except ValidationError as error:
             first = error.errors()[0]
-            raise RequestError(f"task option {'.'.join(map(str, first['loc']))}: {first['msg']}; "
-                               f"options: {', '.join(Options.model_fields)}") from error
+            raise RequestError(
+                f"task option {'.'.join(map(str, first['loc']))}: {first['msg']}; "
+                f"options: {', '.join(Options.model_fields)}"
+            ) from error
         self.data = dict(data)
         self.judge: Run | None = None
         self._reference: Array | None = None
@@ -113,8 +115,10 @@ class ImageGeneration:
     def check(self, model: Model) -> None:
         denoiser, shape = Denoiser(model), self.info.shape
         if denoiser.channels != shape[0]:
-            raise RequestError(f"{model.info.architecture} takes samples of {denoiser.channels} channels, the set "
-                               f"{self.info.name!r} has {shape[0]}")
+            raise RequestError(
+                f"{model.info.architecture} takes samples of {denoiser.channels} channels, the set "
+                f"{self.info.name!r} has {shape[0]}"
+            )
         table = self.conditions(model)
         if self.options.guidance_scale != 1 and table.null_row is None:
             raise RequestError("guidance_scale needs an empty condition: the data name no null_row")
@@ -123,7 +127,9 @@ class ImageGeneration:
                 sample, level = torch.zeros(1, *shape), denoiser.schedule.level(torch.zeros(1))
                 denoiser.eval()(sample, level, table(torch.zeros(1, dtype=torch.long)))
         except (RuntimeError, ValueError, IndexError) as error:
-            raise RequestError(f"{model.info.architecture} cannot take samples of shape {tuple(shape)}: {error}") from error
+            raise RequestError(
+                f"{model.info.architecture} cannot take samples of shape {tuple(shape)}: {error}"
+            ) from error
 
     def deployable(self, model: Model) -> Deployable:
         denoiser, shape = Denoiser(model), self.info.shape
@@ -134,9 +140,7 @@ class ImageGeneration:
         inputs |= {"timestep": denoiser.schedule.timestep(denoiser.schedule.level(torch.tensor([0.3, 0.7])))}
         inputs |= table(rows)
         inputs = {name: value.to(device) for name, value in inputs.items()}
-        graph = Graph(
-            DenoiserGraph(model.module), inputs, ("prediction",), {name: {0: "batch"} for name in inputs}
-        )
+        graph = Graph(DenoiserGraph(model.module), inputs, ("prediction",), {name: {0: "batch"} for name in inputs})
         rule, schedule = denoiser.schedule.sampler(self.options.num_inference_steps)
         settings = {
             **rule,
@@ -174,7 +178,6 @@ class ImageGeneration:
 
     def request(self, batch: int) -> dict[str, Array]:
         return {"label": np.arange(batch, dtype=np.int64) % (len(self.info.classes) or self._prompt_count())}
-
 
     def pictures(self, driver: Driver, seed: int = 0, rows: int = 4, columns: int = 10) -> bytes:
         """A sheet of samples as PNG: a column a label, every row with other noise."""

@@ -1,8 +1,8 @@
 """PPCL: pluggable pruning with contiguous layer distillation for diffusion transformers (Ma et al., CVPR 2026).
 
-Redundancy in a deep diffusion transformer comes in runs of neighbouring blocks. Linear probes, chained, show by the fall
-of their CKA where a run ends; every run is replaced by one block that reads the *teacher's* state before the run and
-imitates the teacher's state behind it. No replacement reads another, so any subset of them is a working model.
+Redundancy in a deep diffusion transformer comes in runs of neighbouring blocks. Linear probes, chained, show by the
+fall of their CKA where a run ends; every run is replaced by one block that reads the *teacher's* state before the run
+and imitates the teacher's state behind it. No replacement reads another, so any subset of them is a working model.
 
 Trained: one block a run (independently), optionally linear maps in place of text streams and feed-forwards, then the
 whole assembled network briefly. Exported: its denoiser, with the sampler around it.
@@ -11,8 +11,9 @@ whole assembled network briefly. Exported: its denoiser, with the sampler around
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,29 +21,37 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressor.deployable import Deployable
-from compressor.diffusion.conditioning import ConditionTable
-from compressor.diffusion.denoiser import Denoiser, noised_batch
+from compressor.diffusion.denoiser import Denoiser
+from compressor.diffusion.noised_data import NoisedData, walk
+from compressor.errors import RequestError
 from compressor.method import Context, MethodConfig, Needs, Paper
-from compressor.models.anatomy.blocks import Anchor, BlockStack, State
-from compressor.models.edits.blocks import (
-    BlockPlan,
-    PrunedJointBlock,
-    PrunedSingleBlock,
-    ResidualMap,
-    after_attention,
-    can_prune_ffn,
-    can_prune_text,
-    text_tokens,
+from compressor.models.anatomy.blocks import Anchor, OwnBlock, State, block_stack
+from compressor.models.edits.blocks import can_prune_ffn, can_prune_text
+from compressor.models.edits.layout import (
+    Slot,
+    layout_key,
+    mark_text_runs,
+    parameters_of,
+    parameters_of_layout,
+    slots_of,
 )
+from compressor.models.edits.linear_maps import (
+    ffn_errors,
+    fit_maps,
+    map_modules,
+    map_pairs,
+    set_maps,
+    text_token_similarity,
+    with_anchors,
+)
+from compressor.models.linear_fit import LeastSquares
 from compressor.models.model import Model
 from compressor.training.curves import cosine
 from compressor.training.phase import Compute, Optim, Phases, Train, Update
 
 __all__ = [
     "METHOD",
-    "LeastSquares",
     "PPCL",
-    "Slot",
     "chain_cka",
     "choose_text_runs",
     "find_redundant_intervals",
@@ -73,31 +82,6 @@ def fit_linear_probe(inputs: Tensor, outputs: Tensor) -> tuple[Tensor, Tensor]:
     design = torch.cat([x, x.new_ones(len(x), 1)], 1)
     solution = torch.linalg.lstsq(design, y - x, driver="gelsd").solution.to(inputs)
     return solution[:-1].T.contiguous(), solution[-1].contiguous()
-
-
-class LeastSquares:
-    """The same fit over many batches: adds up ``[x, 1]^T [x, 1]`` and ``[x, 1]^T (y - x)`` in float64."""
-
-    def __init__(self) -> None:
-        self.gram: Tensor | None = None
-        self.cross: Tensor | None = None
-
-    def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Take a batch of rows (..., d)."""
-        width = inputs.shape[-1]
-        x = inputs.detach().reshape(-1, width).double()
-        design = torch.cat([x, x.new_ones(len(x), 1)], 1)
-        gram, cross = design.T @ design, design.T @ (outputs.detach().reshape(-1, width).double() - x)
-        self.gram = gram if self.gram is None else self.gram + gram
-        self.cross = cross if self.cross is None else self.cross + cross
-
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Weight (d, d) and bias (d,) in float32, minimum-norm."""
-        if self.gram is None or self.cross is None:
-            raise ValueError("no rows were added")
-        # the Gram matrix squares the condition number: directions below the cut are noise
-        solution = (torch.linalg.pinv(self.gram, hermitian=True, rtol=1e-10) @ self.cross).float()
-        return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 
 # --- Stage 1.2: contiguous intervals ---------------------------------------------------------------------------------
@@ -208,35 +192,6 @@ def align(student: State, teacher: State) -> Tensor:
 # --- Stage 2: width --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Slot:
-    """One block of the pruned network: it stands for the teacher's blocks first..last.
-
-    Attributes:
-        first: Teacher block whose input it reads.
-        last: Teacher block whose output it imitates.
-        source: Teacher block whose structure it has.
-        plug: Whether it is a trained replacement of a run.
-        ffn: Whether its feed-forward is a linear map.
-        text: Its role in a text run.
-    """
-
-    first: int
-    last: int
-    source: int
-    plug: bool = False
-    ffn: bool = False
-    text: Literal["whole", "anchor", "inside", "last"] = "whole"
-
-    @property
-    def key(self) -> str:
-        return f"{self.first}-{self.last}"
-
-    @property
-    def plan(self) -> BlockPlan:
-        return {"source": self.source, "ffn": self.ffn, "text": self.text}
-
-
 def choose_text_runs(similarity: Tensor, allowed: Sequence[bool], threshold: float) -> list[tuple[int, int]]:
     """Runs of slots [a, b] whose text tokens all resemble the anchor's: ``similarity[a, j] >= threshold``.
 
@@ -302,7 +257,7 @@ class Config(MethodConfig):
     rank: Literal["similarity", "error"] = "error"
     """Which runs are plugged first: the highest chained CKA, or the lowest alignment error after training."""
     ffn: int | list[int] | Literal["auto"] = 0
-    """Feed-forwards to replace by linear maps: how many, which blocks, or "auto": as few as `keep` needs beyond depth."""
+    """Feed-forwards to replace by linear maps: how many, which blocks, or "auto": what `keep` needs beyond depth."""
     text: list[tuple[int, int]] | None = None
     """Text runs [anchor, last] in teacher blocks, instead of the choice by `text_similarity`."""
     text_similarity: float | None = Field(None, gt=0, le=1)
@@ -339,7 +294,7 @@ class PPCL:
     default_recipe: ClassVar[Mapping[str, Any]] = {
         "teachers": {"teacher": "demo:digits-mmdit"},
         "data": {"train": "digits"},
-        "config": {"ffn": "auto", "text_similarity": 0.95},
+        "config": {"ffn": 1, "text_similarity": 0.95},
     }
     free: ClassVar[frozenset[str]] = frozenset({"keep", "active", "ffn", "text", "text_similarity"})
     """Configuration keys that another student of the same training may change."""
@@ -354,31 +309,30 @@ class PPCL:
         self.notes: list[str] = []
         self._student: Model | None = None
 
-    # -- phases --
-
     def phases(self, ctx: Context) -> Phases:
-        """Probe, cut, distil the plugs, survey the width, choose, assemble, fine-tune."""
+        """Probe, cut, distil the plugs, survey, choose a layout, fit its maps, assemble, fine-tune."""
         config, teacher = self.config, Denoiser(ctx.teacher())
-        self._draw = _Draw(ctx, teacher, ctx.task.conditions(teacher.model))  # type: ignore[attr-defined]
+        self._data, self._teacher = NoisedData(ctx, teacher), teacher
         count = len(teacher.stack.blocks)
         scores: Mapping[str, Tensor] = {}
         if config.intervals is None:
-            scores = yield Compute("probes", lambda: self._probe(teacher), key=config.calibration)  # type: ignore[misc]
-            scores = yield Compute("cka", lambda: self._chain(teacher, scores), key=[config.reference, config.cka_streams])  # type: ignore[misc]
+            probes = yield Compute("probes", self._probe, key=config.calibration)
+            key = [config.reference, config.cka_streams]
+            scores = (yield Compute("cka", lambda: self._chain(probes or {}), key=key)) or {}
             # the first and the last block are never pruned
             runs = find_redundant_intervals(scores["cka"], 1, count - 2, config.min_similarity).tolist()
         else:
             runs = check_intervals(config.intervals, count)
-        plugs = self._plugs(teacher, runs)
+        self._plugs = nn.ModuleDict({f"{u}-{v}": self._plug(u, v) for u, v in runs}).to(ctx.device)
         if runs:
-            yield self._depth(ctx, teacher, plugs)
-        survey = yield Compute("survey", lambda: self._survey(teacher, plugs), key=[config.ffn != 0, config.calibration])
-        assert survey is not None
-        slots = self._layout(teacher, plugs, scores, survey)
-        maps = yield Compute("maps", lambda: self._fit_maps(teacher, plugs, slots), key=_layout_key(slots))
-        assert maps is not None
-        self._student = student = self._assemble(ctx.student(like=teacher.model), plugs, slots, maps)
-        yield from self._refine(ctx, teacher, Denoiser(student), plugs, slots)
+            yield self._depth()
+        survey = (yield Compute("survey", self._survey, key=[config.ffn != 0, config.calibration])) or {}
+        slots = self._layout(scores, survey)
+        maps = (yield Compute("maps", lambda: self._fit_maps(slots), key=layout_key(slots))) or {}
+        self._student = student = self._assemble(ctx.student(like=teacher.model), slots, maps)
+        if config.width.steps and any(slot.narrow for slot in slots):
+            yield self._train_width(Denoiser(student), slots)
+        yield self._finetune(Denoiser(student), slots)
 
     def student(self) -> Model:
         """The assembled network."""
@@ -392,58 +346,60 @@ class PPCL:
 
     # -- stage 1 --
 
+    def _calibration(self, draw: int) -> Iterable[State]:
+        """Teacher states: draw 0 to fit on, draw 1 to judge on."""
+        return self._data.calibration(draw, self.config.calibration, self.config.depth.batch)
+
     @torch.no_grad()
-    def _probe(self, teacher: Denoiser) -> dict[str, Tensor]:
+    def _probe(self) -> dict[str, Tensor]:
         """One closed-form probe a block and stream, all from the same teacher passes."""
-        fits: dict[tuple[int, str], LeastSquares] = {}
-        for state in self._draw.calibration(0, self.config.calibration):
-            for k, (before, after) in enumerate(walk(teacher.stack, state)):
+        fits: dict[str, LeastSquares] = {}
+        for begun in self._calibration(0):
+            states = list(walk(self._teacher.stack, begun))
+            for k, (before, after) in enumerate(itertools.pairwise(states)):
+                outputs = after.streams()
                 for stream, inputs in before.streams().items():
-                    if stream in after.streams():
-                        fits.setdefault((k, stream), LeastSquares()).add(inputs, after.streams()[stream])
-        return {f"{k}.{s}.{p}": v for (k, s), fit in fits.items() for p, v in zip("wb", fit.solve(), strict=True)}
+                    if stream in outputs:
+                        fits.setdefault(f"{stream}.{k}", LeastSquares()).add(inputs, outputs[stream])
+        return _flat({name: fit.solve() for name, fit in fits.items()})
 
     @torch.no_grad()
-    def _chain(self, teacher: Denoiser, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _chain(self, probes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """CKA of chained probes on samples that no probe has seen."""
-        outputs: dict[str, list[list[Tensor]]] = {}
-        for state in self._draw.calibration(1, self.config.calibration):
-            for k, (_, after) in enumerate(walk(teacher.stack, state)):
-                for stream, tokens in after.streams().items():
-                    layers = outputs.setdefault(stream, [])
-                    layers.extend([[]] * 0 if len(layers) > k else [[]])
-                    layers[k].append(tokens)
-        wanted = ["image"] if self.config.cka_streams == "image" else list(outputs)
+        fitted, stack = _pairs(probes), self._teacher.stack
+        outputs: list[list[State]] = [[] for _ in stack.blocks]
+        for begun in self._calibration(1):
+            for layer, state in zip(outputs, list(walk(stack, begun))[1:], strict=True):
+                layer.append(state)
         chains = []
-        for stream in wanted:
-            layers = [torch.cat(parts) for parts in outputs[stream]]
-            fitted = [(probes[f"{k}.{stream}.w"], probes[f"{k}.{stream}.b"]) for k in range(len(layers))]
-            fitted = [(w.to(layers[0]), b.to(layers[0])) for w, b in fitted]
-            chains.append(chain_cka(layers, fitted, reference=self.config.reference))
-        return {"cka": torch.stack([c[: len(chains[-1]), : len(chains[-1])] for c in chains]).mean(0)}
-
-    def _plugs(self, teacher: Denoiser, runs: Iterable[Sequence[int]]) -> nn.ModuleDict:
-        """A replacement a run, by its key "first-last", made of a copy of one of the run's own blocks."""
-        blocks, plugs = teacher.stack.blocks, nn.ModuleDict()
-        for first, last in runs:
-            source = self._source(first, last)
-            plugs[f"{first}-{last}"] = copy.deepcopy(blocks[source]).requires_grad_(True)
-        return plugs
+        for stream in ("image", "text") if self.config.cka_streams == "both" else ("image",):
+            # a last block may drop its text: the text's chain is then one block shorter, and that block is not pruned
+            layers = [layer for layer in outputs if stream in layer[0].streams()]
+            states = [torch.cat([state.streams()[stream] for state in layer]) for layer in layers]
+            maps = [tuple(part.to(states[0]) for part in fitted[f"{stream}.{k}"]) for k in range(len(states))]
+            if states:
+                chain = chain_cka(states, maps, reference=self.config.reference)  # type: ignore[arg-type]
+                chains.append(nn.functional.pad(chain, (0, len(outputs) - len(states)) * 2))
+        return {"cka": torch.stack(chains).mean(0)}
 
     def _source(self, first: int, last: int) -> int:
         return first if self.config.init == "first" else (first + last) // 2
 
-    def _depth(self, ctx: Context, teacher: Denoiser, plugs: nn.ModuleDict) -> Train:
+    def _plug(self, first: int, last: int) -> nn.Module:
+        """The replacement of a run as it starts: a copy of one of the run's own blocks."""
+        return copy.deepcopy(self._teacher.stack.blocks[self._source(first, last)]).requires_grad_(True)
+
+    def _depth(self) -> Train:
         """Non-sequential distillation: every plug reads the teacher's state and owns one loss."""
-        stage, stack = self.config.depth, teacher.stack
-        starts, ends = _borders(plugs)
-        final = max(ends)
+        stage, stack, plugs = self.config.depth, self._teacher.stack, self._plugs
+        starts = {int(key.split("-")[0]): key for key in plugs}
+        ends = {int(key.split("-")[1]): key for key in plugs}
 
         def step(batches: dict[str, Any], i: int) -> Any:
-            with torch.no_grad():
-                state, _ = self._draw.begin(batches["train"], i)
             losses, guesses = {}, {}
-            for k, block in enumerate(stack.blocks[: final + 1]):
+            with torch.no_grad():
+                state = self._data.begin(batches["train"], i)
+            for k, block in enumerate(stack.blocks[: max(ends) + 1]):
                 if k in starts:
                     guesses[starts[k]] = stack.run(plugs[starts[k]], state)
                 with torch.no_grad():
@@ -452,414 +408,219 @@ class PPCL:
                     losses[ends[k]] = align(guesses[ends[k]], state)
             yield Update("plugs", losses)
 
-        optimizer, key = {"plugs": _adamw(plugs.parameters(), stage)}, [list(plugs), self.config.init]
-        return Train("depth", stage.steps, optimizer, self._draw.stream(stage.batch), step, {"plugs": plugs}, key=key)
+        optimizer = {"plugs": _adamw(plugs.parameters(), stage)}
+        streams, key = {"train": self._data.stream(stage.batch)}, [list(plugs), self.config.init]
+        return Train("depth", stage.steps, optimizer, streams, step, {"plugs": plugs}, key=key)
 
-    # -- stage 2 --
+    # -- the layout --
+
+    def _block(self, slot: Slot) -> nn.Module:
+        """The whole block of a slot."""
+        block: nn.Module = self._plugs[slot.key] if slot.plug else self._teacher.stack.blocks[slot.first]
+        return block
+
+    def _plug_slots(self, keys: Iterable[str]) -> list[Slot]:
+        borders = [tuple(map(int, key.split("-"))) for key in keys]
+        return [Slot(first, last, self._source(first, last), plug=True) for first, last in borders]
 
     @torch.no_grad()
-    def _survey(self, teacher: Denoiser, plugs: nn.ModuleDict) -> dict[str, Tensor]:
-        """What every possible block would cost: alignment error of each plug, relative error of each FFN map."""
-        stack, candidates = teacher.stack, self._candidates(teacher, plugs)
-        errors: dict[str, list[Tensor]] = {key: [] for key in plugs}
-        for state in self._draw.calibration(1, self.config.calibration):
-            states = [state, *(after for _, after in walk(stack, state))]
-            for slot in candidates:
-                if slot.plug:
-                    guess = stack.run(plugs[slot.key], states[slot.first])
-                    errors[slot.key].append(align(guess, states[slot.last + 1]))
+    def _survey(self) -> dict[str, Tensor]:
+        """On held-out samples: the alignment error of every plug and the relative error of every FFN map."""
+        stack, plugs = self._teacher.stack, self._plug_slots(self._plugs)
+        errors: dict[str, list[Tensor]] = {slot.key: [] for slot in plugs}
+        for begun in self._calibration(1):
+            states = list(walk(stack, begun))
+            for slot in plugs:
+                guess = stack.run(self._block(slot), states[slot.first])
+                errors[slot.key].append(align(guess, states[slot.last + 1]))
         result = {f"error.{key}": torch.stack(values).mean() for key, values in errors.items()}
         if self.config.ffn == 0:
             return result
-        maps = self._fit_ffn(teacher, plugs, candidates)
-        return result | self._ffn_errors(teacher, plugs, candidates, maps)
+        whole = [*slots_of(len(stack.blocks)), *plugs]
+        able = [replace(slot, ffn=True) for slot in whole if can_prune_ffn(self._block(slot))]
+        maps = fit_maps(stack, able, self._block, self._calibration(0))
+        held_out = self._calibration(1)
+        ratios = ffn_errors(stack, able, self._block, maps, held_out)
+        return result | {f"ffn.{key}": value for key, value in ratios.items()}
 
-    def _candidates(self, teacher: Denoiser, plugs: nn.ModuleDict) -> list[Slot]:
-        whole = [Slot(k, k, k) for k in range(len(teacher.stack.blocks))]
-        return whole + [_plug_slot(key, self._source) for key in plugs]
-
-    def _block(self, teacher: Denoiser, plugs: nn.ModuleDict, slot: Slot) -> nn.Module:
-        return plugs[slot.key] if slot.plug else teacher.stack.blocks[slot.first]
-
-    def _fit_ffn(
-        self, teacher: Denoiser, plugs: nn.ModuleDict, slots: Sequence[Slot]
-    ) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-        """Closed-form maps from the state after attention to the teacher's state behind the slot."""
-        fits: dict[tuple[str, str], LeastSquares] = {}
-        chosen = [slot for slot in slots if can_prune_ffn(self._block(teacher, plugs, slot))]
-        for state in self._draw.calibration(0, self.config.calibration):
-            states = [state, *(after for _, after in walk(teacher.stack, state))]
-            for slot in chosen:
-                inner = after_attention(self._block(teacher, plugs, slot), states[slot.first])
-                for stream, target in states[slot.last + 1].streams().items():
-                    fits.setdefault((slot.key, stream), LeastSquares()).add(inner[stream], target)
-        return {key: fit.solve() for key, fit in fits.items()}
-
-    def _ffn_errors(
-        self,
-        teacher: Denoiser,
-        plugs: nn.ModuleDict,
-        slots: Sequence[Slot],
-        maps: Mapping[tuple[str, str], tuple[Tensor, Tensor]],
-    ) -> dict[str, Tensor]:
-        """``sum |g + l(g) - T|^2 / sum |T - g|^2`` on held-out tokens, mean of the streams."""
-        sums: dict[tuple[str, str], Tensor] = {}
-        for state in self._draw.calibration(1, self.config.calibration):
-            states = [state, *(after for _, after in walk(teacher.stack, state))]
-            for slot in slots:
-                if (slot.key, "image") not in maps:
-                    continue
-                inner = after_attention(self._block(teacher, plugs, slot), states[slot.first])
-                for stream, target in states[slot.last + 1].streams().items():
-                    g, (weight, bias) = inner[stream], maps[slot.key, stream]
-                    miss, size = (g + g @ weight.T + bias - target).square().sum(), (target - g).square().sum()
-                    pair = torch.stack([miss, size])
-                    sums[slot.key, stream] = sums.get((slot.key, stream), 0) + pair
-        ratios: dict[str, list[Tensor]] = {}
-        for (key, _), pair in sums.items():
-            ratios.setdefault(key, []).append(pair[0] / pair[1])
-        return {f"ffn.{key}": torch.stack(values).mean() for key, values in ratios.items()}
-
-    @torch.no_grad()
-    def _text_similarity(self, teacher: Denoiser, plugs: nn.ModuleDict, slots: Sequence[Slot]) -> Tensor:
-        """CKA of the text tokens that every pair of slots attends with."""
-        blocks = [self._block(teacher, plugs, slot) for slot in slots]
-        tokens: list[list[Tensor]] = [[] for _ in slots]
-        for state in self._draw.calibration(1, self.config.calibration):
-            states = [state, *(after for _, after in walk(teacher.stack, state))]
-            for place, (slot, block) in enumerate(zip(slots, blocks, strict=True)):
-                if can_prune_text(block):
-                    tokens[place].append(text_tokens(block, states[slot.first]))
-        similarity = torch.eye(len(slots))
-        joined = [torch.cat(parts) if parts else None for parts in tokens]
-        for a, left in enumerate(joined):
-            for b, right in enumerate(joined):
-                if left is not None and right is not None and a != b:
-                    similarity[a, b] = linear_cka(left, right)
-        return similarity
-
-    def _layout(
-        self, teacher: Denoiser, plugs: nn.ModuleDict, scores: Mapping[str, Tensor], survey: Mapping[str, Tensor]
-    ) -> list[Slot]:
+    def _layout(self, scores: Mapping[str, Tensor], survey: Mapping[str, Tensor]) -> list[Slot]:
         """Choose active plugs, text runs and feed-forwards for the parameter budget."""
-        config, total = self.config, _size(teacher.stack.blocks)
-        order = _ranking(plugs, scores, survey, config.rank)
+        config, blocks = self.config, self._teacher.stack.blocks
         if config.active is not None:
-            chosen = check_active(config.active, plugs)
-            return self._narrow(teacher, plugs, self._slots(teacher, chosen), survey)
+            active = check_active(config.active, self._plugs)
+            return self._narrow(slots_of(len(blocks), self._plug_slots(active)), survey, every_plug=True)
+        order, total = self._ranking(scores, survey), parameters_of(blocks)
         slots: list[Slot] = []
         for number in range(len(order) + 1):
-            slots = self._narrow(
-                teacher, plugs, self._slots(teacher, order[:number]), survey, last=number == len(order)
-            )
-            if self._kept(teacher, slots) <= config.keep * total:
+            slots = slots_of(len(blocks), self._plug_slots(order[:number]))
+            slots = self._narrow(slots, survey, every_plug=number == len(order))
+            if parameters_of_layout(blocks, slots) <= config.keep * total:
                 return slots
-        share = self._kept(teacher, slots) / total
+        share = parameters_of_layout(blocks, slots) / total
         self.notes.append(
-            f"keep={config.keep:g} cannot be met: the smallest layout keeps {share:.2f}; lower "
-            "min_similarity, or allow ffn and text_similarity to prune the width"
+            f"keep={config.keep:g} cannot be met: the smallest layout keeps {share:.2f}; lower min_similarity, or let "
+            "ffn and text_similarity prune the width"
         )
         return slots
 
-    def _slots(self, teacher: Denoiser, active: Iterable[str]) -> list[Slot]:
-        """Blocks in order: at the first block of an active run its plug, the run's other blocks left out."""
-        plugs = [_plug_slot(key, self._source) for key in active]
-        covered = {k for slot in plugs for k in range(slot.first, slot.last + 1)}
-        whole = [Slot(k, k, k) for k in range(len(teacher.stack.blocks)) if k not in covered]
-        return sorted([*plugs, *whole], key=lambda slot: slot.first)
+    def _ranking(self, scores: Mapping[str, Tensor], survey: Mapping[str, Tensor]) -> list[str]:
+        """Runs, best first."""
+        if self.config.rank == "similarity" and "cka" in scores:
+            return sorted(self._plugs, key=lambda key: -float(scores["cka"][tuple(map(int, key.split("-")))]))
+        return sorted(self._plugs, key=lambda key: float(survey[f"error.{key}"]))
 
-    def _narrow(
-        self,
-        teacher: Denoiser,
-        plugs: nn.ModuleDict,
-        slots: list[Slot],
-        survey: Mapping[str, Tensor],
-        *,
-        last: bool = True,
-    ) -> list[Slot]:
-        """Mark text runs and feed-forwards; "auto" feed-forwards only once every plug is on."""
-        slots = self._mark_text(teacher, plugs, slots)
-        ffn = self.config.ffn
-        ranked = sorted(
-            (slot for slot in slots if f"ffn.{slot.key}" in survey), key=lambda s: float(survey[f"ffn.{s.key}"])
-        )
+    def _narrow(self, slots: list[Slot], survey: Mapping[str, Tensor], *, every_plug: bool) -> list[Slot]:
+        """Mark text runs and feed-forwards; "auto" takes feed-forwards only once every plug is on."""
+        slots, ffn, blocks = self._mark_text(slots), self.config.ffn, self._teacher.stack.blocks
         if isinstance(ffn, list):
-            return [replace(slot, ffn=slot.first in ffn) for slot in slots]
-        if ffn == "auto":
-            budget = self.config.keep * _size(teacher.stack.blocks)
-            for slot in ranked if last else ():
-                if self._kept(teacher, slots) <= budget:
-                    break
-                slots = [replace(s, ffn=s.ffn or s.first == slot.first) for s in slots]
-            return slots
-        firsts = {slot.first for slot in ranked[:ffn]}
-        return [replace(slot, ffn=slot.first in firsts) for slot in slots]
-
-    def _mark_text(self, teacher: Denoiser, plugs: nn.ModuleDict, slots: list[Slot]) -> list[Slot]:
-        allowed = [can_prune_text(self._block(teacher, plugs, slot)) for slot in slots]
-        if self.config.text is not None:
-            runs = [_text_run(run, slots, allowed) for run in self.config.text]
-        elif self.config.text_similarity is not None and any(allowed):
-            similarity = self._text_similarity(teacher, plugs, slots)
-            runs = choose_text_runs(similarity, allowed, self.config.text_similarity)
-        else:
-            return slots
-        marked = list(slots)
-        for a, b in runs:
-            for place in range(a, b + 1):
-                # the text state behind the run matters only where a later block reads it
-                role: Any = "anchor" if place == a else "last" if place == b and b + 1 < len(slots) else "inside"
-                marked[place] = replace(marked[place], text=role)
+            return [replace(slot, ffn=slot.first in check_ffn(ffn, slots, self._block)) for slot in slots]
+        able = [slot for slot in slots if f"ffn.{slot.key}" in survey]
+        ranked = [slot.first for slot in sorted(able, key=lambda slot: float(survey[f"ffn.{slot.key}"]))]
+        if isinstance(ffn, int):
+            return [replace(slot, ffn=slot.first in ranked[:ffn]) for slot in slots]
+        budget = self.config.keep * parameters_of(blocks)
+        for number in range(len(ranked) + 1 if every_plug else 1):
+            marked = [replace(slot, ffn=slot.first in ranked[:number]) for slot in slots]
+            if parameters_of_layout(blocks, marked) <= budget:
+                break
         return marked
 
-    def _kept(self, teacher: Denoiser, slots: Sequence[Slot]) -> int:
-        """Parameters of the blocks of a layout."""
-        return sum(_slot_size(teacher.stack.blocks[slot.source], slot) for slot in slots)
+    def _mark_text(self, slots: list[Slot]) -> list[Slot]:
+        allowed = [can_prune_text(self._block(slot)) for slot in slots]
+        if self.config.text is not None:
+            return mark_text_runs(slots, [check_text_run(run, slots, allowed) for run in self.config.text])
+        if self.config.text_similarity is None or not any(allowed):
+            return slots
+        held_out = self._calibration(1)
+        similarity = text_token_similarity(self._teacher.stack, slots, self._block, held_out, linear_cka)
+        return mark_text_runs(slots, choose_text_runs(similarity, allowed, self.config.text_similarity))
 
-    @torch.no_grad()
-    def _fit_maps(self, teacher: Denoiser, plugs: nn.ModuleDict, slots: Sequence[Slot]) -> dict[str, Tensor]:
-        """All linear maps of a layout in closed form, from teacher passes."""
-        fits: dict[str, LeastSquares] = {}
-        blocks = [self._block(teacher, plugs, slot) for slot in slots]
-        if all(slot.text == "whole" and not slot.ffn for slot in slots):
-            return {}
-        for state in self._draw.calibration(0, self.config.calibration):
-            states = [state, *(after for _, after in walk(teacher.stack, state))]
-            anchor, anchor_text = None, None
-            for slot, block in zip(slots, blocks, strict=True):
-                before, after = states[slot.first], states[slot.last + 1]
-                if slot.text == "anchor":
-                    anchor, anchor_text = text_tokens(block, before), after.text
-                for name, inputs, target in self._map_pairs(slot, block, before, after, anchor, anchor_text):
-                    fits.setdefault(f"{slot.key}.{name}", LeastSquares()).add(inputs, target)
-        solved = {name: fit.solve() for name, fit in fits.items()}
-        return {
-            f"{name}.{part}": value for name, pair in solved.items() for part, value in zip("wb", pair, strict=True)
-        }
+    # -- stage 2 --
 
-    @staticmethod
-    def _map_pairs(
-        slot: Slot, block: nn.Module, before: State, after: State, anchor: Tensor | None, anchor_text: Tensor | None
-    ) -> Iterable[tuple[str, Tensor, Tensor]]:
-        """(map, inputs, target) of every map that a slot needs."""
-        if slot.ffn:
-            inner, whole = after_attention(block, before), slot.text in ("whole", "anchor")
-            for stream, target in after.streams().items():
-                if stream == "image" or whole:
-                    yield stream, inner[stream], target
-        if slot.text in ("inside", "last") and anchor is not None:
-            yield "tokens", anchor, text_tokens(block, before)
-        if slot.text == "last" and anchor_text is not None and after.text is not None:
-            yield "state", anchor_text, after.text
+    def _fit_maps(self, slots: Sequence[Slot]) -> dict[str, Tensor]:
+        data = self._calibration(0)
+        return _flat(fit_maps(self._teacher.stack, slots, self._block, data))
 
-    def _assemble(self, base: Model, plugs: nn.ModuleDict, slots: Sequence[Slot], maps: Mapping[str, Tensor]) -> Model:
+    def _assemble(self, base: Model, slots: Sequence[Slot], maps: Mapping[str, Tensor]) -> Model:
         """Materialise a layout: a plain library model where no width was pruned, else one with a recorded edit."""
-        from compressor.models.anatomy.blocks import block_stack
-
         blocks = block_stack(base.module).blocks
         for slot in slots:
             if slot.plug:
-                blocks[slot.source].load_state_dict(plugs[slot.key].state_dict())
+                blocks[slot.source].load_state_dict(self._plugs[slot.key].state_dict())
         student = base.edit("blocks.assemble", plan=[slot.plan for slot in slots])
-        for slot, block in zip(slots, block_stack(student.module).blocks, strict=True):
-            for name, part in _map_modules(block).items():
-                part.set(maps[f"{slot.key}.{name}.w"], maps[f"{slot.key}.{name}.b"])
-        if not base.info.edits and all(slot.text == "whole" and not slot.ffn for slot in slots):
-            config = {key: value for key, value in dict(student.module.config).items() if not key.startswith("_")}  # type: ignore[arg-type]
-            return Model(student.module, replace(base.info, config=config))
+        student.module.to(self._data.ctx.device)
+        set_maps(slots, block_stack(student.module).blocks, _pairs(maps))
+        if not base.info.edits and not any(slot.narrow for slot in slots):
+            config: Mapping[str, Any] = dict(student.module.config)  # type: ignore[arg-type]
+            plain = {key: value for key, value in config.items() if not key.startswith("_")}
+            return Model(student.module, replace(base.info, config=plain))
         return student
 
-    # -- stages 2 (trained) and 3 --
-
-    def _refine(
-        self, ctx: Context, teacher: Denoiser, student: Denoiser, plugs: nn.ModuleDict, slots: Sequence[Slot]
-    ) -> Phases:
-        config = self.config
-        if config.width.steps and any(slot.ffn or slot.text in ("inside", "last") for slot in slots):
-            yield self._train_width(teacher, student, plugs, slots)
-        step = self._finetune_step(teacher, student)
-        optimizer = {"student": _adamw(student.parameters(), config.finetune)}
-        yield Train(
-            "finetune",
-            config.finetune.steps,
-            optimizer,
-            self._draw.stream(config.finetune.batch),
-            step,
-            {"student": student.module},
-            key=_layout_key(slots),
-        )
-
-    def _train_width(self, teacher: Denoiser, student: Denoiser, plugs: nn.ModuleDict, slots: Sequence[Slot]) -> Train:
+    def _train_width(self, student: Denoiser, slots: Sequence[Slot]) -> Train:
         """``sum_j A(S_j(T_{j-1}), T_j) + L_lin`` over the width-pruned blocks, inputs always the teacher's."""
-        touched = list(zip(slots, student.stack.blocks, strict=True))
-        wholes = [self._block(teacher, plugs, slot) for slot in slots]
-        parameters = [p for slot, block in touched if slot.ffn or slot.text != "whole" for p in block.parameters()]
+        stage, stack = self.config.width, self._teacher.stack
+        narrow = {slot.key: block for slot, block in zip(slots, student.stack.blocks, strict=True) if slot.narrow}
+        wholes = [self._block(slot) for slot in slots]
 
         def step(batches: dict[str, Any], i: int) -> Any:
+            losses: dict[str, Tensor] = {}
             with torch.no_grad():
-                state, _ = self._draw.begin(batches["train"], i)
-                states = [state, *(after for _, after in walk(teacher.stack, state))]
-            losses, anchor, anchor_text = {}, None, None
-            for (slot, block), whole in zip(touched, wholes, strict=True):
-                before, after = states[slot.first], states[slot.last + 1]
-                if slot.text == "anchor":
-                    with torch.no_grad():
-                        anchor, anchor_text = text_tokens(whole, before), after.text
-                if not isinstance(block, (PrunedJointBlock, PrunedSingleBlock)):
+                states = list(walk(stack, self._data.begin(batches["train"], i)))
+            for slot, whole, before, after, anchor in with_anchors(slots, wholes, states):
+                block = narrow.get(slot.key)
+                if not isinstance(block, OwnBlock):
                     continue
-                known = replace(before, anchor=None if anchor is None else Anchor(anchor))
+                known = replace(before, anchor=None if anchor is None else Anchor(anchor.tokens))
                 losses[f"{slot.key}.alignment"] = align(block.step(known), after)
-                modules = _map_modules(block)
                 with torch.no_grad():
-                    pairs = list(self._map_pairs(slot, whole, before, after, anchor, anchor_text))
+                    pairs = map_pairs(slot, whole, before, after, anchor)
                 for name, inputs, target in pairs:
-                    losses[f"{slot.key}.{name}"] = (modules[name](inputs) - target).square().sum(-1).mean()
+                    mapped = map_modules(block)[name](inputs)
+                    losses[f"{slot.key}.{name}"] = (mapped - target).square().sum(-1).mean()
             yield Update("width", losses)
 
-        stage = self.config.width
-        optimizer = {"width": _adamw(parameters, stage)}
-        streams, left = self._draw.stream(stage.batch), {"student": student.module}
-        return Train("width", stage.steps, optimizer, streams, step, left, key=_layout_key(slots))
+        parameters = [parameter for block in narrow.values() for parameter in block.parameters()]
+        optimizer, streams = {"width": _adamw(parameters, stage)}, {"train": self._data.stream(stage.batch)}
+        left = {"student": student.module}
+        return Train("width", stage.steps, optimizer, streams, step, left, key=layout_key(slots))
 
-    def _finetune_step(self, teacher: Denoiser, student: Denoiser) -> Callable[..., Any]:
-        """``mean |v_S - v_T|^2 + mean |v_S - target|^2``, the teacher without guidance."""
+    # -- stage 3 --
+
+    def _finetune(self, student: Denoiser, slots: Sequence[Slot]) -> Train:
+        """``mean |v_S - v_T|^2 + mean |v_S - target|^2`` over all weights, the teacher without guidance."""
+        stage = self.config.finetune
 
         def step(batches: dict[str, Any], i: int) -> Any:
-            noised, level, target, condition = self._draw.sample(batches["train"], i)
+            noised, level, target, condition = self._data.sample(batches["train"], i)
             with torch.no_grad():
-                wanted = teacher(noised, level, condition)
+                wanted = self._teacher(noised, level, condition)
             guess = student(noised, level, condition)
             data = (guess[:, : student.channels] - target).square().mean()
             yield Update("student", {"teacher": (guess - wanted).square().mean(), "data": data})
 
-        return step
+        optimizer = {"student": _adamw(student.parameters(), stage)}
+        streams, left = {"train": self._data.stream(stage.batch)}, {"student": student.module}
+        return Train("finetune", stage.steps, optimizer, streams, step, left, key=layout_key(slots))
 
 
-class _Draw:
-    """Noised batches of a run's data, as states of the teacher's stack or as samples."""
-
-    def __init__(self, ctx: Context, teacher: Denoiser, table: ConditionTable) -> None:
-        self.ctx, self.teacher, self.table = ctx, teacher, table
-
-    def stream(self, size: int) -> dict[str, Any]:
-        return {"train": self.ctx.stream("train", size, view=self.ctx.task.view)}  # type: ignore[attr-defined]
-
-    def sample(self, batch: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """(noised, level, target, condition) of step i."""
-        clean = batch["image"]
-        noise = self.ctx.normal(i, clean.shape, "noise").to(clean.device)
-        uniform = self.ctx.uniform(i, len(clean), "level").to(clean.device)
-        noised, level, target = noised_batch(self.teacher, clean, noise, uniform)
-        return noised, level, target, self.table(batch["label"])
-
-    def begin(self, batch: Mapping[str, Tensor], i: int) -> tuple[State, Tensor]:
-        """The teacher's embedded state of step i, and the target."""
-        noised, level, target, condition = self.sample(batch, i)
-        return self.teacher.stack.begin(noised, self.teacher.schedule.timestep(level), condition), target
-
-    def calibration(self, draw: int, samples: int) -> Iterable[State]:
-        """Embedded states of calibration samples; different draws share none of the noise, nor of the order."""
-        size = min(64, samples)
-        stream = self.ctx.stream("train", size, view=self.ctx.task.view, tag=f"calibration{draw}")  # type: ignore[attr-defined]
-        whole = replace(stream, shard=(0, 1))
-        for i in range(-(-samples // size)):
-            batch = whole[i]
-            clean = batch["image"]
-            generator = self.ctx.rng(i, f"calibration{draw}", shared=True)
-            noise = torch.randn(clean.shape, generator=generator).to(clean.device)
-            uniform = torch.rand(len(clean), generator=generator).to(clean.device)
-            with torch.no_grad():
-                noised, level, _ = noised_batch(self.teacher, clean, noise, uniform)
-                timestep = self.teacher.schedule.timestep(level)
-                yield self.teacher.stack.begin(noised, timestep, self.table(batch["label"]))
-
-
-def walk(stack: BlockStack, state: State) -> Iterable[tuple[State, State]]:
-    """(before, after) of every block, from an embedded state."""
-    for block in stack.blocks:
-        before, state = state, stack.run(block, state)
-        yield before, state
+# --- checks of what the user names -----------------------------------------------------------------------------------
 
 
 def check_intervals(intervals: Sequence[tuple[int, int]], count: int) -> list[list[int]]:
     """Validate explicit runs: at least two blocks each, ascending, disjoint, without the first and the last block."""
-    from compressor.errors import RequestError
-
     covered = 0
     for first, last in intervals:
-        if not (covered < first < last < count - 1):
+        if not covered < first < last < count - 1:
             raise RequestError(
-                f"intervals: [{first}, {last}] must have two or more blocks between 1 and {count - 2}, "
-                "behind the run before it"
+                f"intervals: [{first}, {last}] must have two or more blocks between 1 and {count - 2}, behind the run "
+                "before it"
             )
         covered = last
     return [list(run) for run in intervals]
 
 
-def check_active(active: Sequence[int], plugs: nn.ModuleDict) -> list[str]:
+def check_active(active: Sequence[int], plugs: Iterable[str]) -> list[str]:
     """The keys of the runs that start at the given blocks."""
-    from compressor.errors import RequestError
-
     known = {int(key.split("-")[0]): key for key in plugs}
     for first in active:
         if first not in known:
-            raise RequestError(
-                f"active: no run starts at block {first}; runs start at {', '.join(map(str, sorted(known)))}"
-            )
+            starts = ", ".join(map(str, sorted(known))) or "no block"
+            raise RequestError(f"active: no run starts at block {first}; runs start at {starts}")
     return [known[first] for first in active]
 
 
-def _text_run(run: tuple[int, int], slots: Sequence[Slot], allowed: Sequence[bool]) -> tuple[int, int]:
-    from compressor.errors import RequestError
-
+def check_text_run(run: tuple[int, int], slots: Sequence[Slot], allowed: Sequence[bool]) -> tuple[int, int]:
+    """Places in the layout of a text run given in teacher blocks."""
     places = [k for k, slot in enumerate(slots) if run[0] <= slot.first and slot.last <= run[1]]
     if len(places) < 2 or not all(allowed[k] for k in places):
         raise RequestError(f"text: [{run[0]}, {run[1]}] must span at least two blocks with a text stream of their own")
     return places[0], places[-1]
 
 
-def _borders(plugs: nn.ModuleDict) -> tuple[dict[int, str], dict[int, str]]:
-    """Keys of the runs by their first and by their last block."""
-    pairs = [(key, *map(int, key.split("-"))) for key in plugs]
-    return {first: key for key, first, _ in pairs}, {last: key for key, _, last in pairs}
+def check_ffn(blocks: Sequence[int], slots: Sequence[Slot], block_of: Callable[[Slot], nn.Module]) -> list[int]:
+    """The given first blocks, if each names a slot with a feed-forward of its own."""
+    able = [slot.first for slot in slots if can_prune_ffn(block_of(slot))]
+    for first in blocks:
+        if first not in able:
+            names = ", ".join(map(str, able)) or "none"
+            raise RequestError(
+                f"ffn: block {first} is not kept or has no feed-forward after its attention; can be: {names}"
+            )
+    return list(blocks)
 
 
-def _plug_slot(key: str, source: Callable[[int, int], int]) -> Slot:
-    first, last = map(int, key.split("-"))
-    return Slot(first, last, source(first, last), plug=True)
+# --- storage ---------------------------------------------------------------------------------------------------------
 
 
-def _ranking(plugs: nn.ModuleDict, scores: Mapping[str, Tensor], survey: Mapping[str, Tensor], rank: str) -> list[str]:
-    """Runs, best first."""
-    if rank == "similarity" and "cka" in scores:
-        return sorted(plugs, key=lambda key: -float(scores["cka"][tuple(map(int, key.split("-")))]))
-    return sorted(plugs, key=lambda key: float(survey[f"error.{key}"]))
+def _flat(maps: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Maps as named tensors."""
+    return {f"{name}.{part}": value for name, pair in maps.items() for part, value in zip("wb", pair, strict=True)}
 
 
-def _layout_key(slots: Sequence[Slot]) -> list[dict[str, Any]]:
-    return [{**slot.plan, "first": slot.first, "plug": slot.plug} for slot in slots]
-
-
-def _size(blocks: Iterable[nn.Module]) -> int:
-    return sum(parameter.numel() for block in blocks for parameter in block.parameters())
-
-
-def _slot_size(block: nn.Module, slot: Slot) -> int:
-    """Parameters of a slot once it is materialised."""
-    from compressor.models.edits.blocks import shape_block
-
-    return _size([shape_block(copy.deepcopy(block), slot.ffn, slot.text)])
-
-
-def _map_modules(block: nn.Module) -> dict[str, ResidualMap]:
-    """The linear maps of a pruned block by name."""
-    if isinstance(block, PrunedSingleBlock):
-        return {"image": block.map}
-    if not isinstance(block, PrunedJointBlock):
-        return {}
-    found = {"image": block.image.map, "text": block.text.map if block.text is not None else None}
-    found |= {"tokens": block.tokens_map, "state": block.text_map}
-    return {name: module for name, module in found.items() if module is not None}
+def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """The reverse of `_flat`."""
+    names = [name.removesuffix(".w") for name in tensors if name.endswith(".w")]
+    return {name: (tensors[f"{name}.w"], tensors[f"{name}.b"]) for name in names}
 
 
 def _adamw(parameters: Iterable[nn.Parameter], stage: Stage) -> Optim:

@@ -1,7 +1,7 @@
 """The anatomy of a block stack: begin, run one block, end. What methods walk that need the state between blocks.
 
-One stack class a library class (see `diffusion_transformers`); a stack's own ``forward`` walks all blocks and equals the
-library's. Blocks of our own (`OwnBlock`) may stand among the library's: they take and return the whole state.
+One stack class a library class (see `diffusion_transformers`); a stack's own ``forward`` walks all blocks and equals
+the library's. Blocks of our own (`OwnBlock`) may stand among the library's: they take and return the whole state.
 """
 
 from __future__ import annotations
@@ -162,5 +162,3 @@ def block_stack(module: nn.Module) -> BlockStack:
     if name not in _STACKS:
         raise ModelError(f"the blocks of a {name} cannot be walked; classes that can: {', '.join(known)}")
     return _STACKS[name](module)
-
-

@@ -222,7 +222,9 @@ class DiTStack(_OneStream):
         net, context = self.module, state.context
         first = net.transformer_blocks[0]
         # a block of our own holds the library's as `block`
-        time = getattr(first, "block", first).norm1.emb(context["timestep"], context["class_labels"], hidden_dtype=state.image.dtype)
+        time = getattr(first, "block", first).norm1.emb(
+            context["timestep"], context["class_labels"], hidden_dtype=state.image.dtype
+        )
         shift, scale = net.proj_out_1(F.silu(time)).chunk(2, dim=1)
         tokens = net.proj_out_2(net.norm_out(state.image) * (1 + scale[:, None]) + shift[:, None])
         return unpatchify(tokens, state.size, net.patch_size, net.out_channels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -30,7 +30,7 @@ class DigitsMMDiT:
     steps = 700
     batch = 64
     drop = 0.1
-    config: dict[str, Any] = {
+    config: ClassVar[dict[str, Any]] = {
         "patch_size": 2,
         "in_channels": 4,
         "out_channels": 1,

@@ -103,7 +103,9 @@ def judge_of(task: Any, *, budget: float = 1.0, log: Log | None = None) -> Judge
     dataset = task.dataset()
     if not dataset.info.classes:
         return None
-    judge = Judge(dataset, (lambda image: image * 2 - 1) if dataset.info.value_range is not None else lambda image: image)
+    judge = Judge(
+        dataset, (lambda image: image * 2 - 1) if dataset.info.value_range is not None else lambda image: image
+    )
     directory = trained(judge, task, _save, budget=budget, log=log)
     net = judge.build()
     load_weights(net, directory)
