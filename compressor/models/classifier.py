@@ -82,6 +82,7 @@ class ClassifierGraph(nn.Module):
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.module, self.size = classifier.module, classifier.size
+        self.training = self.module.training  # a wrapper in another mode would put the module into it later
 
     def forward(self, image: Tensor) -> Tensor:
         return call_module(self.module, image, self.size)

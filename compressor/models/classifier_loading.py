@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from compressor.errors import ModelError, RequestError, nearest
 from compressor.models.checkpoint_files import load_state, read_state
 from compressor.models.model import Model, ModelInfo
-from compressor.plain_yaml import YAMLError, load_yaml
+from compressor.spec_options import split_options
 
 __all__ = ["LIBRARIES", "build_classifier", "load_classifier", "write_library_files"]
 
@@ -44,22 +43,13 @@ class Argument:
 
     @classmethod
     def parse(cls, text: str) -> Argument:
-        """Read ``NAME[@FILE][?key=value,key=value]``; commas within brackets belong to a value.
+        """Read ``NAME[@FILE][?key=value,key=value]``.
 
         Raises:
             RequestError: A key without a value, or a value that cannot be read.
         """
-        before, _, query = text.partition("?")
+        before, options = (text, {}) if Path(text).is_dir() else split_options(text)
         name, at, file = before.partition("@")
-        options: dict[str, Any] = {}
-        for pair in filter(None, re.split(r"[,&](?![^\[\]{}]*[\]}])", query)):
-            key, equals, value = pair.partition("=")
-            if not equals or not key.strip():
-                raise RequestError(f"{text}: write ?key=value, not {pair!r}")
-            try:
-                options[key.strip()] = load_yaml(value)
-            except YAMLError as error:
-                raise RequestError(f"{text}: the value of {key!r} cannot be read: {value!r}") from error
         return cls(name, Path(file) if at else None, options)
 
     def take(self, key: str, default: Any = None) -> Any:
@@ -118,12 +108,12 @@ def write_library_files(model: Model, directory: Path) -> None:
             "architecture": info.architecture,
             "num_classes": module.num_classes,
             "model_args": info.config,
-            "pretrained_cfg": _json(dict(module.pretrained_cfg)) | normalisation | {"num_classes": module.num_classes},  # type: ignore[call-overload]
+            "pretrained_cfg": _json(_pretrained_facts(module)) | normalisation | {"num_classes": module.num_classes},
         }
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     elif info.library == "transformers":
-        module.config.save_pretrained(directory)  # type: ignore[union-attr, operator]
-        processor = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+        module.config.save_pretrained(directory)  # type: ignore[operator, union-attr]
+        processor: dict[str, Any] = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
         processor |= {"image_mean": info.extra.get("mean"), "image_std": info.extra.get("std")}
         (directory / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
 
@@ -192,11 +182,16 @@ def _timm_head(name: str) -> str | None:
 
 
 def _hub_name(module: nn.Module) -> str:
-    return str(module.pretrained_cfg["architecture"])  # type: ignore[index]
+    return str(_pretrained_facts(module)["architecture"])
+
+
+def _pretrained_facts(module: nn.Module) -> dict[str, Any]:
+    facts: Any = module.pretrained_cfg
+    return dict(facts)
 
 
 def _timm_model(module: nn.Module, architecture: str, config: Mapping[str, Any]) -> Model:
-    known: dict[str, Any] = dict(module.pretrained_cfg)  # type: ignore[call-overload]
+    known = _pretrained_facts(module)
     channels = int(config.get("in_chans", (known.get("input_size") or (3,))[0]))
     extra: dict[str, Any] = {
         "mean": _for_channels(known.get("mean") or IMAGENET_MEAN, channels),

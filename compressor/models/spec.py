@@ -1,7 +1,7 @@
 """Model specs: a kind and what it names.
 
-    diffusers:DIR_OR_ID[#subfolder]   timm:NAME[@FILE][?key=value,...]   torchvision:NAME   transformers:DIR_OR_ID
-    run:RUN_DIR                       python:module:factory              demo:NAME
+diffusers:DIR_OR_ID[#subfolder]   timm:NAME[@FILE][?key=value,...]   torchvision:NAME   transformers:DIR_OR_ID
+run:RUN_DIR                       python:module:factory              demo:NAME
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def split_spec(spec: str) -> tuple[str, str]:
     return kind, argument
 
 
-def load_model_spec(
-    spec: str, *, trust_remote_code: bool = False, defaults: Mapping[str, Any] | None = None
-) -> Model:
+def load_model_spec(spec: str, *, trust_remote_code: bool = False, defaults: Mapping[str, Any] | None = None) -> Model:
     """Load a model; `demo:` specs are made by `compressor.models.demos` instead.
 
     Args:
@@ -71,7 +69,9 @@ def _library_class(library: str, name: str) -> Any:
     module = importlib.import_module(library)
     found = getattr(module, name, None)
     if found is None:
-        raise ModelError(f"{library} {getattr(module, '__version__', '')} has no class {name}: is a newer version needed?")
+        raise ModelError(
+            f"{library} {getattr(module, '__version__', '')} has no class {name}: is a newer version needed?"
+        )
     return found
 
 
@@ -116,7 +116,9 @@ def check_weights(directory: Path) -> list[Path]:
             with safe_open(path, framework="numpy") as file:
                 file.keys()
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is truncated or damaged ({_first_line(error)}): copy or download it again") from error
+            raise ModelError(
+                f"{path} is truncated or damaged ({_first_line(error)}): copy or download it again"
+            ) from error
     return files
 
 
@@ -145,8 +147,10 @@ def _load_local(directory: Path, subfolder: str) -> Model:
         return load_model(folder)
     config = _read_json(folder / "config.json")
     if config is None or "_class_name" not in config:
-        raise ModelError(f"{folder} is no diffusers model: it holds no config.json with a _class_name "
-                         "(give the directory that save_pretrained wrote, or PIPELINE_DIR#subfolder)")
+        raise ModelError(
+            f"{folder} is no diffusers model: it holds no config.json with a _class_name "
+            "(give the directory that save_pretrained wrote, or PIPELINE_DIR#subfolder)"
+        )
     check_weights(folder)
     library_class = _library_class("diffusers", str(config["_class_name"]))
     return _pretrained(library_class, str(folder), {"local_files_only": True}, scheduler)
@@ -156,12 +160,13 @@ def _load_from_hub(name: str, subfolder: str, trust_remote_code: bool) -> Model:
     import diffusers
 
     try:
-        config = diffusers.ConfigMixin.load_config(name, subfolder=subfolder)
+        config: Any = diffusers.ConfigMixin.load_config(name, subfolder=subfolder)
     except Exception as error:
-        raise ModelError(f"diffusers:{name}#{subfolder} is neither a directory nor reachable on the hub: "
-                         f"{_first_line(error)}") from error
+        raise ModelError(
+            f"diffusers:{name}#{subfolder} is neither a directory nor reachable on the hub: {_first_line(error)}"
+        ) from error
     try:
-        scheduler = diffusers.ConfigMixin.load_config(name, subfolder="scheduler")
+        scheduler: Any = diffusers.ConfigMixin.load_config(name, subfolder="scheduler")
     except Exception:
         scheduler = None  # a repository of one model alone has none; the class's default serves
     library_class = _library_class("diffusers", str(config["_class_name"]))
@@ -175,7 +180,9 @@ def _pretrained(library_class: Any, name: str, options: dict[str, Any], schedule
         raise ModelError(f"{library_class.__name__} cannot be loaded from {name}: {_first_line(error)}") from error
     config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
     extra = {"scheduler": scheduler} if scheduler else {}
-    return Model(module.float(), ModelInfo("diffusers", library_class.__name__, json.loads(json.dumps(config)), (), extra))
+    return Model(
+        module.float(), ModelInfo("diffusers", library_class.__name__, json.loads(json.dumps(config)), (), extra)
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

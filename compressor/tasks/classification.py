@@ -106,8 +106,8 @@ class Classification:
         # A gray image fills the channels of a colour model; nothing else can be made to fit.
         if channels is not None and info.shape[0] not in (1, channels):
             raise RequestError(f"{name} takes images of {channels} channels, the set {info.name!r} has {info.shape[0]}")
+        training, device = model.module.training, next(model.module.parameters()).device
         try:
-            device = next(model.module.parameters()).device
             with torch.no_grad():
                 model.module.eval()
                 logits = Classifier(model)(torch.zeros(1, *info.shape, device=device))
@@ -117,6 +117,8 @@ class Classification:
             shape = "x".join(map(str, info.shape))
             first = str(error).strip().partition("\n")[0]
             raise RequestError(f"{name} cannot take images of shape {shape}: {first}") from error
+        finally:
+            model.module.train(training)
         if logits.shape[1] != self.classes:
             raise RequestError(
                 f"{name} tells {logits.shape[1]} classes apart, the set {info.name!r} has {self.classes}"
@@ -169,7 +171,7 @@ class ClassificationMetric:
     """
 
     def __init__(self, names: set[str]) -> None:
-        self.better: dict[str, Literal["higher", "lower"]] = {name: "higher" for name in sorted(names)}
+        self.better: Mapping[str, Literal["higher", "lower"]] = {name: "higher" for name in sorted(names)}
         self._scores: list[Array] = []
         self._labels: list[int] = []
 
