@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from compressor.errors import RequestError
 
-__all__ = ["ArrayDataset", "DataInfo", "Dataset", "Sample"]
+__all__ = ["ArrayDataset", "DataInfo", "Dataset", "Sample", "Subset", "labels_of"]
 
 Sample = dict[str, Any]
 """Fields by name (numpy arrays or scalars); every sample carries its own ``index``."""
@@ -26,7 +26,8 @@ class DataInfo:
         classes: Names of the classes, empty where there are none.
         shape: Shape of an image, (C, H, W).
         value_range: Lowest and highest value of a pixel; None for latents.
-        extra: Further facts by name: ``conditions`` (tables by condition field), ``null_row``.
+        extra: Further facts by name: ``conditions`` (tables by condition field), ``null_row``; ``augment``, the
+            augmentation that suits the set (see `compressor.augment.views`); ``skipped``, files left out.
     """
 
     name: str
@@ -38,9 +39,10 @@ class DataInfo:
 
 
 class Dataset(Protocol):
-    """A map-style set of samples."""
+    """A map-style set of samples; it may be read by several threads at once."""
 
-    info: DataInfo
+    @property
+    def info(self) -> DataInfo: ...
 
     def __len__(self) -> int: ...
 
@@ -80,3 +82,37 @@ class ArrayDataset:
     def select(self, keep: np.ndarray[Any, Any]) -> ArrayDataset:
         """Return the samples of the given indices (or boolean mask)."""
         return ArrayDataset(self.info, {name: values[keep] for name, values in self.fields.items()}, self.transform)
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some samples of a set; each keeps the ``index`` that it has in the whole set.
+
+    Args:
+        whole: The set.
+        places: Indices in it.
+    """
+
+    whole: Dataset
+    places: Sequence[int]
+
+    @property
+    def info(self) -> DataInfo:
+        """What is known of the whole set."""
+        return self.whole.info
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.whole[int(self.places[index])]
+
+
+def labels_of(dataset: Dataset) -> np.ndarray[Any, Any]:
+    """The labels (N,) int64 of all samples, without reading the images where the set knows them (``labels``)."""
+    known = getattr(dataset, "labels", None)
+    if known is None and isinstance(dataset, ArrayDataset):
+        known = dataset.fields.get("label")
+    if known is None:
+        known = [dataset[index]["label"] for index in range(len(dataset))]
+    return np.asarray(known, np.int64)

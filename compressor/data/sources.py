@@ -1,4 +1,8 @@
-"""Data specs: `digits`, `digits:16`, `latents:DIR`, `python:module:factory`, and what entry points add."""
+"""Data specs: a kind and its argument; other packages add kinds through the entry-point group ``compressor.data``.
+
+    digits[:SIZE]          scenes[:SIZE][?channels=3]     imagefolder:DIR[?size=..,skip_bad=true]
+    torchvision:NAME:ROOT  hf:DIR                         latents:DIR          python:module:factory
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from typing import Any
 
 from compressor.data.dataset import Dataset
 from compressor.errors import RequestError, nearest
+from compressor.spec_options import split_options
 
 __all__ = ["SOURCES", "load_data"]
 
@@ -31,13 +36,51 @@ def _latents(argument: str, split: str) -> Dataset:
     return latents(Path(argument), split)
 
 
+def _scenes(argument: str, split: str) -> Dataset:
+    from compressor.data.scenes import scenes
+
+    size, options = split_options(argument)
+    for key in options:
+        if key != "channels":
+            raise RequestError(f"`scenes:{argument}`: unknown option {key!r}: scenes take channels")
+    if size and not size.isdecimal():
+        raise RequestError(f"`scenes:{argument}`: the size must be a number, as in scenes:32")
+    return scenes(split, int(size or 16), options.get("channels", 1))
+
+
+def _imagefolder(argument: str, split: str) -> Dataset:
+    from compressor.data.imagefolder import imagefolder
+
+    return imagefolder(argument, split)
+
+
+def _torchvision(argument: str, split: str) -> Dataset:
+    from compressor.data.torchvision_sets import torchvision_set
+
+    return torchvision_set(argument, split)
+
+
+def _hf(argument: str, split: str) -> Dataset:
+    from compressor.data.hf_sets import hf_set
+
+    return hf_set(argument, split)
+
+
 def _python(argument: str, split: str) -> Dataset:
     factory = import_object(argument, "a data set")
     dataset: Dataset = factory(split)
     return dataset
 
 
-SOURCES: dict[str, Any] = {"digits": _digits, "latents": _latents, "python": _python}
+SOURCES: dict[str, Any] = {
+    "digits": _digits,
+    "hf": _hf,
+    "imagefolder": _imagefolder,
+    "latents": _latents,
+    "python": _python,
+    "scenes": _scenes,
+    "torchvision": _torchvision,
+}
 """Loaders ``(argument, split) -> Dataset`` by the word before the colon."""
 
 
@@ -61,6 +104,8 @@ def load_data(spec: str, split: str) -> Dataset:
         RequestError: Unknown kind, or the set cannot be read.
     """
     kind, _, argument = spec.partition(":")
+    if kind.startswith("scenes?"):  # options without a size
+        kind, argument = "scenes", spec.removeprefix("scenes")
     loaders = SOURCES | {point.name: point for point in entry_points(group="compressor.data")}
     if kind not in loaders:
         raise RequestError(f"unknown data {spec!r}: {nearest(kind, loaders)}")

@@ -51,6 +51,7 @@ class Stream:
         shard: (rank, processes): the processes' batches together are the batch of one process at
             ``size * processes``, in order.
         device: Where tensors go.
+        period: Batches after which it begins again, augmentation included; None for never.
     """
 
     dataset: Dataset
@@ -60,15 +61,19 @@ class Stream:
     seed: int = 0
     shard: tuple[int, int] = (0, 1)
     device: torch.device = torch.device("cpu")
+    period: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.dataset) == 0:
             raise RequestError(f"the set {self.dataset.info.name!r} has no samples")
         if self.size < 1:
             raise RequestError(f"a batch needs at least one sample, got {self.size}")
+        if self.period is not None and self.period < 1:
+            raise RequestError(f"a stream begins again after at least one batch, got {self.period}")
 
     def __getitem__(self, i: int) -> Batch:
         rank, processes = self.shard
+        i = i if self.period is None else i % self.period
         whole = self.size * processes
         order = self.sampler(i, whole, len(self.dataset), lambda k: self._rng(zlib.crc32(b"order"), k))
         places = range(rank * self.size, (rank + 1) * self.size)
