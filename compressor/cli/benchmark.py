@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -147,13 +148,14 @@ def request(candidate: Candidate, batch: int, sizes: Mapping[str, int]) -> dict[
 
 
 def _artifacts(paths: Sequence[Path]) -> list[Path]:
-    """What to open: a run stands for all of its artifacts."""
+    """What to open: a run stands for all of its artifacts, the teacher's first, as the reference of the others."""
     found: list[Path] = []
     for path in paths:
         if (path.is_file() and path.suffix in GRAPH_FILES) or (path / MANIFEST_FILE).is_file():
             found.append(path)
             continue
-        inside = sorted(manifest.parent for manifest in (path / "artifacts").rglob(MANIFEST_FILE))
+        inside = [manifest.parent for manifest in (path / "artifacts").rglob(MANIFEST_FILE)]
+        inside.sort(key=lambda folder: (folder.parent.name != "teacher", folder))
         if not inside:
             kinds = ", ".join(GRAPH_FILES)
             raise RequestError(f"{path} is no artifact, no run with artifacts and no {kinds} file")
@@ -189,9 +191,8 @@ def _open(path: Path, name: str, options: Mapping[str, Any]) -> Candidate:
 
 
 def _short_names(paths: Sequence[Path]) -> dict[Path, str]:
-    """The shortest ends of the paths that tell them apart."""
-    for depth in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-depth:]) for path in paths]
-        if len(set(names)) == len(names):
-            return dict(zip(paths, names, strict=True))
-    return {path: str(path) for path in paths}
+    """The paths below the folder that they share."""
+    if len(paths) == 1:
+        return {paths[0]: paths[0].name}
+    shared = os.path.commonpath([path.resolve().parent for path in paths])
+    return {path: path.resolve().relative_to(shared).as_posix() for path in paths}

@@ -66,16 +66,16 @@ def test_bench_prints_a_table(graphs: tuple[Path, Path], capsys: pytest.CaptureF
 
 
 def test_bench_opens_all_artifacts_of_a_run_and_says_what_it_left_out(tmp_path: Path) -> None:
-    for name in ("ort-a", "ort-b"):
+    for name in ("ort-b", "teacher/ort-b"):
         make_artifact(tmp_path / "run" / "artifacts" / name)
     damaged = tmp_path / "run" / "artifacts" / "ort-damaged"
     make_artifact(damaged)
     (damaged / "classifier.onnx").write_bytes(b"changed")
     measured = measure_artifacts([tmp_path / "run"], batches=[1, 9], seconds=0.1, rounds=3)
-    assert [(row.batch, row.name) for row in measured.rows] == [(1, "ort-a"), (1, "ort-b")]
+    assert [(row.batch, row.name) for row in measured.rows] == [(1, "teacher/ort-b"), (1, "ort-b")]
     reasons = dict(measured.skipped)
     assert "differs from the manifest" in reasons["ort-damaged"]
-    assert "batch 9 is larger than the engine's 8" in reasons["ort-a"]
+    assert "batch 9 is larger than the engine's 8" in reasons["ort-b"]
 
 
 def test_bench_refuses_what_it_cannot_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
