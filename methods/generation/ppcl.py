@@ -324,6 +324,7 @@ class PPCL:
         else:
             runs = check_intervals(config.intervals, count)
         self._plugs = nn.ModuleDict({f"{u}-{v}": self._plug(u, v) for u, v in runs}).to(ctx.device)
+        check_active(config.active or [], self._plugs)  # before any training
         if runs:
             yield self._depth()
         survey = (yield Compute("survey", self._survey, key=[config.ffn != 0, config.calibration])) or {}

@@ -285,14 +285,14 @@ def assemble(module: nn.Module, plan: Sequence[Mapping[str, Any]]) -> nn.Module:
     """
     stack = block_stack(module)
     old = stack.blocks
-    used: set[int] = set()
     new: list[nn.Module] = []
-    for entry in plan:
-        source = int(entry["source"])
+    sources = [int(entry["source"]) for entry in plan]
+    for place, entry in enumerate(plan):
+        source = sources[place]
         if not 0 <= source < len(old):
             raise ModelError(f"the plan names block {source}; the model has blocks 0 to {len(old) - 1}")
-        block = copy.deepcopy(old[source]) if source in used else old[source]
-        used.add(source)
+        # shaping takes a block apart, so all uses of it but the last get copies
+        block = copy.deepcopy(old[source]) if source in sources[place + 1 :] else old[source]
         new.append(shape_block(block, bool(entry.get("ffn", False)), entry.get("text", "whole")))
     return stack.rebuild(new)
 
