@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,11 +20,13 @@ class Source:
         name: Of the graph; the engine's file is called after it.
         plain: Float32.
         typed: Strongly typed in the target's precision; the same as ``plain`` for fp32.
+        kept: Nodes of ``plain`` that stay in float32, with the reason.
     """
 
     name: str
     plain: OnnxGraph
     typed: OnnxGraph
+    kept: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

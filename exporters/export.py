@@ -20,7 +20,9 @@ from compressor.deployable import Deployable, Graph
 from compressor.errors import ArtifactError, RequestError, TargetError
 from compressor.exporters.artifact import Built, Source
 from compressor.exporters.graph_store import GraphStore
+from compressor.exporters.half_arithmetic import JUDGE
 from compressor.exporters.onnx_graph import evaluation_form, module_outputs
+from compressor.exporters.openvino import OPENVINO_ISLANDS
 from compressor.exporters.parity import TOLERANCES, compare, worst
 from compressor.profiles.target import Availability, Target, availability
 from compressor.runtimes.load import open_graph, runtime_options
@@ -126,13 +128,13 @@ def _export_graph(
         inputs = _records(name, plain, target, records)
         references = [module_outputs(plain, record) for record in inputs]
     exported = store.plain(name, graph)
+    source, parities = Source(name, exported, exported), []
     islands: tuple[Island, ...] = ()
-    parities: list[Parity] = []
-    typed = exported
     if target.precision == "fp16":
         half = store.half(name, graph, inputs, references)
-        typed, islands, parities = half.graph, half.islands, [half.parity]
-    built = _builder(found.engine)(Source(name, exported, typed), target, directory)
+        islands, parities = half.islands, [half.parity]
+        source = Source(name, exported, half.graph, half.kept)
+    built = _builder(found.engine)(source, target, directory)
     not_run = ""
     if found.can_run:
         try:
@@ -143,14 +145,18 @@ def _export_graph(
             not_run = str(error)
     elif target.precision == "fp32":
         parities.append(store.plain_parity(exported, inputs, references))
+    if found.engine == "openvino" and target.precision == "fp16":
+        islands = tuple(island for island in islands if island.reason in OPENVINO_ISLANDS)
+        parities = [parity for parity in parities if parity.judged_by != JUDGE] or parities
     for parity in parities:
         if not parity.relative <= parity.tolerance:
+            half_graph = source.typed is not source.plain
+            where = f"; the drift starts at {store.drift(exported, source.typed, inputs)}" if half_graph else ""
             raise ArtifactError(
                 f"graph {name!r}: output {parity.output!r} drifts by {parity.relative:.1e} of its scale on "
-                f"{target.name} (allowed: {parity.tolerance:.0e}, judged by {parity.judged_by})"
+                f"{target.name} (allowed: {parity.tolerance:.0e}, judged by {parity.judged_by}){where}"
             )
-    if found.engine == "openvino":
-        islands, parities = (), [parity for parity in parities if parity.judged_by == _judge(target, found.engine)]
+    typed = source.typed
     entry = _entry(built, target, directory, typed.inputs, typed.outputs, typed.opset, tuple(parities), islands)
     return _Exported(entry, built.engine, _notes(target, built), not_run)
 

@@ -22,6 +22,9 @@ from compressor.runtimes.runtime import Array
 
 __all__ = ["graph_fingerprint", "records_fingerprint"]
 
+_Seen = dict[int, tuple[bytes, Any]]
+"""Hashes of the objects met so far, by identity; holding the objects keeps their identities from being reused."""
+
 _LIBRARIES = ("torch", "onnx", "onnxscript", "torchvision", "timm", "diffusers", "transformers")
 
 
@@ -37,7 +40,7 @@ def graph_fingerprint(graph: Graph) -> str:
         "code": _package_code(),
     }
     digest.update(json.dumps(interface).encode())
-    seen: dict[int, int] = {}
+    seen: _Seen = {}
     for path, part in graph.module.named_modules(remove_duplicate=False):
         digest.update(f"{path}:{type(part).__module__}.{type(part).__qualname__}:{_source(type(part))}".encode())
         for name, value in sorted(vars(part).items()):
@@ -57,8 +60,8 @@ def records_fingerprint(records: Sequence[Mapping[str, Array]], keep_fp32: Seque
     return digest.hexdigest()[:32]
 
 
-def _add(digest: Any, value: Any, seen: dict[int, int]) -> None:
-    """Hash a value by its content; objects by their class and attributes, each once."""
+def _add(digest: Any, value: Any, seen: _Seen) -> None:
+    """Hash a value by its content; objects by their class and attributes, whether shared or not."""
     if isinstance(value, torch.Tensor):
         plain = value.detach().cpu().contiguous()
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
@@ -67,14 +70,16 @@ def _add(digest: Any, value: Any, seen: dict[int, int]) -> None:
         digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
     elif value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
         digest.update(repr(value).encode())
-    elif id(value) in seen:
-        digest.update(f"#{seen[id(value)]}".encode())
     else:
-        seen[id(value)] = len(seen)
-        _add_object(digest, value, seen)
+        if id(value) not in seen:
+            seen[id(value)] = (b"itself", value)
+            own = hashlib.sha256()
+            _add_object(own, value, seen)
+            seen[id(value)] = (own.digest(), value)
+        digest.update(seen[id(value)][0])
 
 
-def _add_object(digest: Any, value: Any, seen: dict[int, int]) -> None:
+def _add_object(digest: Any, value: Any, seen: _Seen) -> None:
     digest.update(f"{type(value).__module__}.{type(value).__qualname__}".encode())
     if isinstance(value, Mapping):
         for key, item in value.items():

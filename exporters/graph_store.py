@@ -31,6 +31,7 @@ class StoredHalf:
     graph: OnnxGraph
     islands: tuple[Island, ...]
     parity: Parity
+    kept: dict[str, str]
 
 
 class GraphStore:
@@ -64,17 +65,25 @@ class GraphStore:
         if not (place / _SEARCH).is_file():
             converted = convert_to_half(self.plain(name, graph).load(), records, graph.keep_fp32)
             run = Interpreter(rounding_graph(converted.model))
-            parity = _parity(run, records, references, "fp16", JUDGE)
+            found_parity = _parity(run, records, references, "fp16", JUDGE)
             with atomic_directory(place) as temporary:
                 write_model(converted.model, temporary / _GRAPH)
                 found = [island.model_dump(mode="json") for island in converted.islands]
-                write_json(temporary / _SEARCH, {"islands": found, "parity": parity.model_dump(mode="json")})
+                judged = found_parity.model_dump(mode="json")
+                write_json(temporary / _SEARCH, {"islands": found, "parity": judged, "kept": dict(converted.kept)})
         try:
             stored = json.loads((place / _SEARCH).read_text(encoding="utf-8"))
             islands = tuple(Island.model_validate(item) for item in stored["islands"])
-            return StoredHalf(OnnxGraph.read(place / _GRAPH), islands, Parity.model_validate(stored["parity"]))
+            parity = Parity.model_validate(stored["parity"])
+            return StoredHalf(OnnxGraph.read(place / _GRAPH), islands, parity, stored["kept"])
         except (OSError, ValueError, KeyError) as error:
             raise ArtifactError(f"the stored graph {place} is damaged: delete it and export again") from error
+
+    def drift(self, plain: OnnxGraph, typed: OnnxGraph, records: Sequence[Mapping[str, Array]]) -> str:
+        """Where the half-precision graph starts to drift from the float32 one."""
+        from compressor.exporters.drift import first_drift
+
+        return first_drift(plain.load(), typed.load(), records[0], TOLERANCES["fp16"])
 
     def plain_parity(
         self, graph: OnnxGraph, records: Sequence[Mapping[str, Array]], references: Sequence[Mapping[str, Array]]

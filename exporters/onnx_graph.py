@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import numpy as np
 from compressor.deployable import Graph
 from compressor.errors import ArtifactError, CompressorError, RequestError
 from compressor.exporters.interpreter import Interpreter
+from compressor.exporters.layers import LAYER_KEY
 from compressor.exporters.parity import TOLERANCES, compare
 from compressor.runtimes.runtime import Array, TensorSpec
 
@@ -29,8 +31,6 @@ if TYPE_CHECKING:
 __all__ = ["OPSET", "OnnxGraph", "evaluation_form", "export_onnx", "module_outputs", "write_model"]
 
 OPSET = 20
-LAYER_KEY = "pkg.torch.onnx.name_scopes"
-"""Key of a node's metadata that holds the paths of the modules it stems from (a list literal, outermost first)."""
 _INLINE_LIMIT = 1_500_000_000
 
 
@@ -199,6 +199,7 @@ def _check_example(graph: Graph, name: str) -> None:
 def _convert(graph: Graph, name: str) -> ModelProto:
     import torch
 
+    from compressor.exporters.simplify import simplify
     from compressor.exporters.traced_program import fold_constants, has_complex_values, repair_squeezes
 
     try:
@@ -213,9 +214,10 @@ def _convert(graph: Graph, name: str) -> ModelProto:
             opset_version=OPSET,
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
+        simplify(result.model)  # type: ignore[union-attr]
     except CompressorError:
         raise
     except Exception as error:  # torch raises many types
@@ -272,10 +274,13 @@ def _name_axes(model: ModelProto, graph: Graph) -> None:
             dim = value.type.tensor_type.shape.dim[axis]
             if dim.dim_param and dim.dim_param != label:
                 own[dim.dim_param] = label
+    if not own:
+        return
+    symbols = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in own))
     for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
         for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param in own:
-                dim.dim_param = own[dim.dim_param]
+            if dim.dim_param:
+                dim.dim_param = symbols.sub(lambda found: own[found.group()], dim.dim_param)
 
 
 def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
@@ -350,7 +355,11 @@ def _explain(error: BaseException) -> str:
                 )
             return f"ONNX has no translation of {operator}: leave it out of the graph's module"
         if "specializ" in text or "Constraints violated" in text:
-            return f"an axis declared dynamic is fixed by the module ({_first_line(item)})"
+            axis = re.search(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text)
+            which = f"axis {axis[2]} of input {axis[1]!r}" if axis else "an axis"
+            return (
+                f"{which} is declared dynamic, but the module fixes its size: compute with x.shape, not with a number"
+            )
     return _first_line(causes[0])
 
 

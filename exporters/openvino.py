@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 from compressor.errors import ArtifactError, TargetError
 from compressor.exporters.artifact import Built, Source
 from compressor.profiles.target import Target
 from compressor.runtimes.manifest import Engine
 
-__all__ = ["build"]
+__all__ = ["OPENVINO_ISLANDS", "build"]
+
+OPENVINO_ISLANDS = frozenset({"angle", "asked", "overflow", "constant", "accuracy"})
+"""Reasons for which an operation is marked; norms and exponentials OpenVINO keeps in float32 on its own."""
 
 
 def build(source: Source, target: Target, directory: Path) -> Built:
     """Write ``NAME.xml`` and ``NAME.bin``.
 
-    OpenVINO chooses the precision of each operation when it compiles the model for a device, and keeps its own float32
-    islands, so it gets the float32 graph; fp16 halves the stored weights and asks for halves at inference.
+    OpenVINO chooses the precision of each operation when it compiles the model for a device, so it gets the float32
+    graph; fp16 halves the stored weights and asks for halves at inference. Operations that need float32 are marked, and
+    then keep their constants and their arithmetic in float32 on every device.
 
     Raises:
         TargetError: OpenVINO is not installed.
@@ -29,10 +37,13 @@ def build(source: Source, target: Target, directory: Path) -> Built:
         raise TargetError("OpenVINO is not installed: pip install 'compressor[openvino]'") from error
     path = directory / f"{source.name}.xml"
     half = target.precision == "fp16"
+    kept = [name for name, reason in source.kept.items() if reason in OPENVINO_ISLANDS]
     try:
         model = openvino.convert_model(str(source.plain.path))
         for value, spec in zip(model.outputs, source.plain.outputs, strict=True):
             value.get_tensor().set_names({spec.name})
+        if half and kept:
+            model = _marked(model, kept)
         openvino.save_model(model, str(path), compress_to_fp16=half)
     except Exception as error:  # the engine raises plain RuntimeErrors of many lines
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
@@ -42,3 +53,34 @@ def build(source: Source, target: Target, directory: Path) -> Built:
         notes = ("Weights are stored as halves; a device without half arithmetic computes in float32.",)
     engine = Engine(name="openvino", version=importlib.metadata.version("openvino"))
     return Built(path.name, engine, f"{source.name}.bin", notes)
+
+
+def _marked(model: Any, kept: Collection[str]) -> Any:
+    """The model with the operations of the named ONNX nodes, and their constants, marked to stay in float32.
+
+    The mark is OpenVINO's own ("precise"), which Python cannot set on a model in memory; its file format holds it.
+    """
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "marked.xml"
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+        tree = ElementTree.parse(path)
+        layers = {layer.get("id"): layer for layer in tree.iterfind("layers/layer")}
+        # an ONNX node may become several layers, NODE or NODE/PART
+        wanted = {key for key, layer in layers.items() if str(layer.get("name")).split("/")[0] in set(kept)}
+        for edge in tree.iterfind("edges/edge"):
+            origin = edge.get("from-layer")
+            if edge.get("to-layer") in wanted and layers[origin].get("type") == "Const":
+                wanted.add(origin)
+        for key in wanted:
+            information = layers[key].find("rt_info")
+            if information is None:
+                information = ElementTree.Element("rt_info")
+                place = 1 if layers[key].find("data") is not None else 0
+                layers[key].insert(place, information)
+            ElementTree.SubElement(information, "attribute", {"name": "precise", "version": "0"})
+        tree.write(path)
+        core = openvino.Core()
+        core.set_property({"ENABLE_MMAP": False})  # the file goes away: its weights must be read, not mapped
+        return core.read_model(str(path))

@@ -7,7 +7,6 @@ their tolerance in real half arithmetic.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,21 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from compressor.errors import RequestError
-from compressor.exporters.onnx_graph import LAYER_KEY
+from compressor.exporters.half_arithmetic import JUDGE, rounding_graph
+from compressor.exporters.interpreter import Interpreter
+from compressor.exporters.island_search import find_inaccurate, measure_peaks
+from compressor.exporters.layers import layer_of
+from compressor.exporters.parity import TOLERANCES, compare
 from compressor.exporters.typed_graph import HALF_MAX, MOVES, float_inputs, float_values, normalised, type_graph
 from compressor.runtimes.manifest import Island
 from compressor.runtimes.runtime import Array
 
-__all__ = ["KINDS", "HalfGraph", "convert_to_half", "layer_of"]
+__all__ = ["KINDS", "HalfGraph", "convert_to_half", "half_error"]
+
+MARGIN = 4.0
+"""Measured values must stay this factor below the largest half: other inputs may go higher than the recorded ones."""
+SAFETY = 0.7
+"""The search aims at this part of the tolerance."""
 
 KINDS = frozenset({
     # norms, and the reductions and roots that decomposed norms are made of
@@ -30,7 +38,7 @@ KINDS = frozenset({
     "ReduceLogSum", "ReduceLogSumExp",
     "ReduceProd", "Sqrt", "Reciprocal", "Pow",
     # exponentials and angles
-    "Softmax", "LogSoftmax", "Exp", "Log", "Softplus", "Sin", "Cos", "Tan", "Sinh", "Cosh",
+    "Softmax", "LogSoftmax", "Exp", "Log", "Softplus", "Tan", "Sinh", "Cosh",
     # counting and running sums
     "Range", "CumSum", "RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike",
     # no halves by definition, or none worth having
@@ -47,14 +55,24 @@ _ELEMENTWISE = frozenset({
 
 @dataclass(frozen=True)
 class HalfGraph:
-    """A strongly typed graph and what stayed in float32."""
+    """A strongly typed graph and what stayed in float32.
+
+    Attributes:
+        model: The typed graph.
+        islands: What stayed, by layer and reason.
+        kept: The same by node, with the reason.
+    """
 
     model: ModelProto
     islands: tuple[Island, ...]
+    kept: Mapping[str, str]
 
 
 def convert_to_half(
-    model: ModelProto, records: Sequence[Mapping[str, Array]], keep_fp32: Collection[str] = ()
+    model: ModelProto,
+    records: Sequence[Mapping[str, Array]],
+    keep_fp32: Collection[str] = (),
+    tolerance: float = TOLERANCES["fp16"],
 ) -> HalfGraph:
     """Convert a float32 graph to strongly typed halves with float32 islands.
 
@@ -62,6 +80,7 @@ def convert_to_half(
         model: The exported float32 graph.
         records: Inputs that the graph really gets, to measure on.
         keep_fp32: Module paths that must stay in float32.
+        tolerance: Largest difference of an output from the float32 graph's, over its largest absolute value.
 
     Raises:
         RequestError: A path of ``keep_fp32`` names no layer of the graph.
@@ -69,23 +88,34 @@ def convert_to_half(
     """
     plain = normalised(model)
     reasons = _seeds(plain, keep_fp32)
+    peaks = measure_peaks(plain, records)
+    _add_overflows(plain, peaks, reasons)
     _spread(plain, reasons)
-    return HalfGraph(type_graph(plain, reasons), _islands(plain, reasons))
+    typed = type_graph(plain, reasons)
+    aim = SAFETY * tolerance
+    while half_error(plain, typed, records) > tolerance:
+        found = find_inaccurate(plain, reasons, records, aim)
+        reasons.update(dict.fromkeys(found, "accuracy"))
+        _spread(plain, reasons)
+        typed = type_graph(plain, reasons)
+        if not found:
+            break
+        aim *= SAFETY  # the search measures on some of the records only
+    return HalfGraph(typed, _islands(plain, reasons, peaks), reasons)
 
 
-def layer_of(node: NodeProto) -> str:
-    """Path of the module that a node stems from; empty at the top or where it is unknown."""
-    for item in node.metadata_props:
-        if item.key == LAYER_KEY:
-            scopes = ast.literal_eval(item.value)
-            return str(scopes[-2]) if len(scopes) > 1 else ""
-    return ""
+def half_error(plain: ModelProto, typed: ModelProto, records: Sequence[Mapping[str, Array]]) -> float:
+    """Largest relative difference between a graph in float32 and its typed form in half arithmetic."""
+    run, judge = Interpreter(plain), Interpreter(rounding_graph(typed))
+    errors = [compare(run(record), judge(record), 0.0, JUDGE).relative for record in records]
+    return max(errors, default=0.0)
 
 
 def _seeds(model: ModelProto, keep_fp32: Collection[str]) -> dict[str, str]:
     """Nodes that start in float32, with the reason: by kind, asked for, or a constant that no half can hold."""
     floats = float_values(model.graph)
     fragile = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and _breaks_in_half(t)}
+    angles = _angles(model)
     wanted = {path: False for path in keep_fp32}
     reasons: dict[str, str] = {}
     for node in model.graph.node:
@@ -96,7 +126,9 @@ def _seeds(model: ModelProto, keep_fp32: Collection[str]) -> dict[str, str]:
                 reasons[node.name] = "asked"
         if node.name in reasons:
             continue
-        if node.op_type in KINDS:
+        if node.name in angles:
+            reasons[node.name] = "angle"
+        elif node.op_type in KINDS:
             reasons[node.name] = "kind"
         elif any(name in fragile for name in float_inputs(node, floats)):
             reasons[node.name] = "constant"
@@ -106,11 +138,33 @@ def _seeds(model: ModelProto, keep_fp32: Collection[str]) -> dict[str, str]:
     return reasons
 
 
+def _angles(model: ModelProto) -> set[str]:
+    """Sines, cosines and what computes their argument: an angle of hundreds of turns has no digits left in a half."""
+    makers = {name: node for node in model.graph.node for name in node.output}
+    waiting = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
+    found = {node.name for node in waiting}
+    while waiting:
+        for name in waiting.pop().input:
+            maker = makers.get(name)
+            if maker is not None and maker.name not in found and maker.op_type in _ELEMENTWISE | MOVES | {"Cast"}:
+                found.add(maker.name)
+                waiting.append(maker)
+    return found
+
+
+def _add_overflows(model: ModelProto, peaks: Mapping[str, float], reasons: dict[str, str]) -> None:
+    """Keep in float32 what makes or reads a value that came near the largest half."""
+    for node in model.graph.node:
+        touched = max((peaks.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)
+        if touched > HALF_MAX / MARGIN:
+            reasons.setdefault(node.name, "overflow")
+
+
 def _spread(model: ModelProto, reasons: dict[str, str]) -> None:
     """Let an island swallow what lies inside it, so that no value goes to half and straight back.
 
-    Moves that only carry float32 values stay float32; so do elementwise operations between islands, and the product of
-    a value with the factor of its norm, where the factor is what loses accuracy.
+    Moves between float32 operations stay float32; so do elementwise operations between islands, and the product of a
+    value with the factor of its norm, where the factor is what loses accuracy.
     """
     floats = float_values(model.graph)
     constants = {tensor.name for tensor in model.graph.initializer}
@@ -119,6 +173,11 @@ def _spread(model: ModelProto, reasons: dict[str, str]) -> None:
     for node in model.graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
+    for node in reversed(model.graph.node):
+        consumers = [user for name in node.output for user in users.get(name, [])]
+        moves = node.op_type in MOVES and any(name in floats for name in node.output)
+        if moves and consumers and all(user.name in reasons for user in consumers):
+            reasons.setdefault(node.name, reasons[consumers[0].name])
     for node in model.graph.node:
         sources = [name for name in float_inputs(node, floats) if name not in constants]
         if node.name in reasons or not sources:
@@ -143,15 +202,21 @@ def _breaks_in_half(tensor: TensorProto) -> bool:
     return bool(array.size <= 16 and ((finite > 0) & (finite < 6.2e-5)).any())
 
 
-def _islands(model: ModelProto, reasons: Mapping[str, str]) -> tuple[Island, ...]:
+def _islands(model: ModelProto, reasons: Mapping[str, str], peaks: Mapping[str, float]) -> tuple[Island, ...]:
     """The float32 operations by layer and reason, in the order of the graph."""
-    groups: dict[tuple[str, str], list[str]] = {}
+    operations: dict[tuple[str, str], list[str]] = {}
+    highest: dict[tuple[str, str], float] = {}
     for node in model.graph.node:
-        if node.name in reasons:
-            operations = groups.setdefault((layer_of(node), reasons[node.name]), [])
-            if node.op_type not in operations:
-                operations.append(node.op_type)
-    return tuple(
-        Island(layer=layer, operations=tuple(operations), reason=reason)  # type: ignore[arg-type]
-        for (layer, reason), operations in groups.items()
-    )
+        if node.name not in reasons:
+            continue
+        place = (layer_of(node), reasons[node.name])
+        known = operations.setdefault(place, [])
+        if node.op_type not in known:
+            known.append(node.op_type)
+        found = max((peaks.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)
+        highest[place] = max(highest.get(place, 0.0), found)
+    islands = []
+    for (layer, reason), names in operations.items():
+        peak = highest[layer, reason] if reason == "overflow" and np.isfinite(highest[layer, reason]) else None
+        islands.append(Island(layer=layer, operations=tuple(names), reason=reason, peak=peak))  # type: ignore[arg-type]
+    return tuple(islands)

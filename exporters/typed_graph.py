@@ -14,6 +14,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_node
 
 from compressor.errors import ArtifactError
+from compressor.runtimes.runtime import Array
 
 __all__ = ["HALF_MAX", "MOVES", "float_inputs", "float_values", "normalised", "type_graph"]
 
@@ -37,14 +38,16 @@ def normalised(model: ModelProto) -> ModelProto:
     result = ModelProto()
     result.CopyFrom(model)
     graph = result.graph
-    kept = []
+    kept, names = [], set()
     for number, node in enumerate(graph.node):
         constant = _constant(node)
         if constant is not None:
             constant.name = node.output[0]
             graph.initializer.append(constant)
             continue
-        node.name = f"{number}_{node.op_type}"
+        if not node.name or node.name in names:
+            node.name = f"node_{number}_{node.op_type}"
+        names.add(node.name)
         kept.append(node)
     nodes = [NodeProto.FromString(node.SerializeToString()) for node in kept]
     del graph.node[:]
@@ -173,7 +176,7 @@ def _constant(node: NodeProto) -> TensorProto | None:
     attribute = node.attribute[0]
     if attribute.name == "value":
         return TensorProto.FromString(attribute.t.SerializeToString())
-    values = {
+    values: dict[str, Array] = {
         "value_float": np.array(attribute.f, np.float32),
         "value_int": np.array(attribute.i, np.int64),
         "value_floats": np.array(attribute.floats, np.float32),

@@ -81,9 +81,10 @@ class Island(_Entry):
     """Path of the module in the model; empty at the top."""
     operations: tuple[str, ...]
     """ONNX operators."""
-    reason: Literal["kind", "asked", "overflow", "constant", "accuracy"]
-    """kind: halves are known to be bad for it; asked: the method said so; overflow: values near or past 65504 were
-    measured; constant: a constant would vanish or overflow; accuracy: its half error was measured to be too large."""
+    reason: Literal["kind", "angle", "asked", "overflow", "constant", "accuracy"]
+    """kind: halves are known to be bad for it; angle: the argument of a sine or cosine; asked: the method said so;
+    overflow: values near or past 65504 were measured; constant: a constant would vanish or overflow; accuracy: its half
+    error was measured to be too large."""
     peak: float | None = None
     """Largest absolute value measured, where the reason is overflow."""
 
