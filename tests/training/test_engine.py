@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy_methods import network, same_bits, samples
+from toy_methods import Killed, network, same_bits, samples
 
 from compressor.data.stream import Batch, Stream
 from compressor.errors import DivergedError, RequestError
@@ -278,6 +278,26 @@ def test_run_diverges_after_ten_skips_in_a_row_even_if_another_owner_is_well(tmp
     with pytest.raises(DivergedError, match=expected):
         run(tmp_path, train(step, optimizers, steps=20))
     assert len(started) == 10
+
+
+def test_skips_are_counted_on_when_the_run_was_killed_between_them(tmp_path: Path) -> None:
+    module = network()
+
+    def step_until(last: int) -> Step:
+        def step(batch: dict[str, Batch], i: int) -> Iterator[Update]:
+            if i == last:
+                raise Killed
+            yield Update("module", {"loss": math.nan * loss_of(module, batch)})
+
+        return step
+
+    def phase(last: int) -> Train:
+        return train(step_until(last), {"module": Optim(list(module.parameters()))}, steps=30)
+
+    with pytest.raises(Killed):
+        run(tmp_path, phase(6), checkpoint_steps=1)
+    with pytest.raises(DivergedError, match="at step 9"):
+        run(tmp_path, phase(30), checkpoint_steps=1)
 
 
 def test_held_gradients_are_dropped_when_one_of_their_losses_was_not_finite(tmp_path: Path) -> None:
