@@ -27,7 +27,7 @@ class DataInfo:
         shape: Shape of an image, (C, H, W).
         value_range: Lowest and highest value of a pixel; None for latents.
         extra: Further facts by name: ``conditions`` (tables by condition field), ``null_row``; ``augment``, the
-            augmentation that suits the set (see `compressor.augment.views`); ``skipped``, files left out.
+            augmentation that suits the set (see `compressor.data.views`); ``skipped``, files left out.
     """
 
     name: str

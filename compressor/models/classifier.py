@@ -9,7 +9,7 @@ What the weights alone do not say stands in ``Model.info.extra``:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor.errors import ModelError
-from compressor.models.feature_layers import as_embedding, as_map
+from compressor.models.feature_layers import FeatureLayer, as_embedding, as_map, head_layer, layers_named, stages
 from compressor.models.model import Model
 from compressor.models.taps import tap
 
@@ -74,6 +74,19 @@ class Classifier:
         with tap(self.module, head, inputs=True) as inputs:
             logits = self(pixels)
         return logits, as_embedding(inputs[head])
+
+    def layers(self, image_shape: Sequence[int], names: Sequence[str] | None = None) -> list[FeatureLayer]:
+        """Its stages for images of the shape (C, H, W), shallow to deep; or the layers of the given names."""
+        run = self._trial(image_shape)
+        return stages(self.module, run) if names is None else layers_named(self.module, run, names)
+
+    def head(self, image_shape: Sequence[int]) -> str:
+        """Name of the layer that reads the embedding."""
+        return head_layer(self.module, self._trial(image_shape))
+
+    def _trial(self, image_shape: Sequence[int]) -> Callable[[], Tensor]:
+        device = next(self.module.parameters()).device
+        return lambda: self(torch.zeros(1, *image_shape, device=device))
 
 
 class ClassifierGraph(nn.Module):

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.errors import RequestError
-from compressor.models.taps import first_tensor
+from compressor.models.taps import first_tensor, tap
 
-__all__ = ["FeatureLayer", "as_embedding", "as_map", "head_layer", "layers_named", "stages"]
+__all__ = ["FeatureLayer", "as_embedding", "as_map", "head_layer", "layers_named", "pair_layers", "stages"]
 
 _MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens stand before those of the image
 
@@ -66,9 +67,7 @@ def layers_named(module: nn.Module, run: Callable[[], Any], names: Sequence[str]
     Raises:
         RequestError: A layer does not exist, does not run, or returns no map.
     """
-    from compressor.models.taps import tap
-
-    with tap(module, *names) as found, torch.no_grad():
+    with tap(module, *names) as found, _undisturbed(module):
         run()
     for name in names:
         if name not in found:
@@ -93,6 +92,27 @@ def head_layer(module: nn.Module, run: Callable[[], Any]) -> str:
     if not found:
         raise RequestError(f"{type(module).__name__} has no linear layer of {width} outputs to read the embedding at")
     return found[-1]
+
+
+def pair_layers(
+    student: Sequence[FeatureLayer], teacher: Sequence[FeatureLayer], count: int
+) -> list[tuple[FeatureLayer, FeatureLayer]]:
+    """Pair stages of two networks from the deepest on upwards, shallow to deep in the result.
+
+    Args:
+        student: Its stages.
+        teacher: Its stages.
+        count: How many pairs, at most; maps of a single position tell nothing of places and are left out.
+
+    Raises:
+        RequestError: One of them has no map of more than one position.
+    """
+    sides = [[layer for layer in layers if math.prod(layer.shape[1:]) > 1] for layers in (student, teacher)]
+    for side, name in zip(sides, ("student", "teacher"), strict=True):
+        if not side:
+            raise RequestError(f"the {name}'s feature maps have a single position: images are too small for it")
+    number = min(count, *map(len, sides))
+    return list(zip(sides[0][-number:], sides[1][-number:], strict=True))
 
 
 def as_map(features: Tensor) -> Tensor:
@@ -136,17 +156,26 @@ def _record(module: nn.Module, run: Callable[[], Any]) -> list[_Call]:
         return record
 
     handles = [layer.register_forward_hook(recorder(name)) for name, layer in module.named_modules() if name]
-    modes = {layer: layer.training for layer in module.modules()}
     try:
-        with torch.no_grad():
-            module.eval()
+        with _undisturbed(module):
             run()
     finally:
         for handle in handles:
             handle.remove()
+    return list(calls.values())
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Without gradients, in eval mode; every layer is put back into its own mode."""
+    modes = {layer: layer.training for layer in module.modules()}
+    try:
+        with torch.no_grad():
+            module.eval()
+            yield
+    finally:
         for layer, training in modes.items():
             layer.training = training
-    return list(calls.values())
 
 
 def _timm_names(module: nn.Module, calls: Sequence[_Call]) -> list[str]:

@@ -37,6 +37,9 @@ __all__ = ["Demo", "cache_directory", "demo", "demo_model", "demo_names", "train
 
 DEMOS = {
     "digits-mmdit": "compressor.models.demos.diffusion:DigitsMMDiT",
+    "scenes-cnn": "compressor.models.demos.classifiers:ScenesCNN",
+    "scenes-cnn-small": "compressor.models.demos.classifiers:ScenesCNNSmall",
+    "scenes-vit": "compressor.models.demos.classifiers:ScenesViT",
 }
 """Demo classes by name; other packages add theirs through the entry-point group ``compressor.demos``."""
 
