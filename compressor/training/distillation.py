@@ -1,0 +1,111 @@
+"""What methods share that train one student classifier: the student, the loop, the teachers' logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import Field
+from torch import nn
+
+from compressor.data.stream import Stream
+from compressor.deployable import Deployable
+from compressor.method import Context
+from compressor.models.classifier import Classifier
+from compressor.models.model import Model
+from compressor.training.phase import Step, Train
+from compressor.training.teacher_cache import TeacherLogits
+from compressor.training.training_config import TrainingConfig, make_optim, stream_key
+
+__all__ = ["LogitTrainingConfig", "StudentMethod", "teacher_logits", "train_phase"]
+
+
+class LogitTrainingConfig(TrainingConfig):
+    """Keys of a training that reads nothing of its teachers but their logits."""
+
+    cache_teacher: bool = False
+    """Keep the teachers' logits on disk: batches that repeat (`views`) and later runs do not ask the teachers again."""
+    teacher_top_k: int | None = Field(None, ge=1)
+    """Use only the largest logits of a teacher, the rest evenly spread; None uses all."""
+
+
+class StudentMethod:
+    """Base of methods whose result is one student classifier.
+
+    Args:
+        config: The method's configuration.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._student: Model | None = None
+
+    def student(self) -> Model:
+        """The trained classifier."""
+        if self._student is None:
+            raise RuntimeError("the phases have not run")
+        return self._student
+
+    def deployables(self, ctx: Context) -> dict[str, Deployable]:
+        """The student alone: nothing else of the method remains."""
+        return {"student": ctx.task.deployable(self.student())}
+
+    def start(self, ctx: Context) -> tuple[Classifier, list[Classifier]]:
+        """The student, which fits the data, and the teachers.
+
+        Raises:
+            RequestError: The student does not fit the data.
+        """
+        teachers = ctx.teachers()
+        self._student = ctx.student(like=teachers[0])
+        ctx.task.check(self._student)
+        return Classifier(self._student), [Classifier(teacher) for teacher in teachers]
+
+
+def train_phase(
+    name: str,
+    config: TrainingConfig,
+    stream: Stream,
+    step: Step,
+    student: Classifier,
+    teachers: Sequence[Classifier],
+    others: Mapping[str, nn.Module] | None = None,
+    state: Mapping[str, Any] | None = None,
+) -> Train:
+    """A phase with one optimiser, "student", that owns the student and all other modules.
+
+    Args:
+        name: Of the phase.
+        config: Steps, rates.
+        stream: Of the batches "train".
+        step: Yields updates of "student".
+        student: What is trained.
+        teachers: They stay in eval mode.
+        others: Further trained modules by name (projections, a regressor).
+        state: What else must survive a kill.
+    """
+    trained = {"student": student.module, **(others or {})}
+    return Train(
+        name,
+        config.steps,
+        {"student": make_optim(config, trained.values())},
+        {"train": stream},
+        step,
+        {**trained, **(state or {})},
+        modes=[*((module, "train") for module in trained.values()), *((t.module, "eval") for t in teachers)],
+    )
+
+
+def teacher_logits(
+    ctx: Context, config: LogitTrainingConfig, teachers: Sequence[Classifier], stream: Stream
+) -> TeacherLogits:
+    """The teachers' logits of a stream, kept on disk if the configuration says so."""
+    classes = len(ctx.dataset().info.classes)
+    return TeacherLogits(
+        teachers,
+        classes,
+        stream,
+        stream_key(config, stream),
+        cache=config.cache_teacher,
+        top_k=config.teacher_top_k,
+    )
