@@ -10,16 +10,36 @@ first batch, which the paper's critic ``h(T, S)`` leaves out. The code is follow
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
+from compressor.data.dataset import labels_of
+from compressor.data.stream import Batch
 from compressor.errors import RequestError
 from compressor.losses.contrastive import noise_contrastive_loss
 from compressor.losses.features import unit_vectors
 from compressor.losses.precision import at_least_float32
+from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.models.classifier import Classifier
+from compressor.training.distillation import StudentMethod, train_phase
+from compressor.training.phase import Phases, Update
+from compressor.training.supervised import label_loss
+from compressor.training.training_config import TrainingConfig, make_stream
 
-__all__ = ["ContrastiveMemory", "NegativeSampler", "ProjectionHead", "contrast_scores", "crd_loss", "log_normalizer"]
+__all__ = [
+    "CRD",
+    "METHOD",
+    "ContrastiveMemory",
+    "NegativeSampler",
+    "ProjectionHead",
+    "contrast_scores",
+    "crd_loss",
+    "log_normalizer",
+]
 
 
 def contrast_scores(anchors: Tensor, candidates: Tensor, *, temperature: float = 0.07) -> Tensor:
@@ -195,3 +215,101 @@ class NegativeSampler:
         # Samples lie sorted by class: a place at or after the own class's block lies behind that block.
         negatives = self._order[torch.where(place < start, place, place + count)]
         return torch.cat([indices[:, None], negatives.to(indices.device)], dim=1)
+
+
+class Config(TrainingConfig):
+    """Configuration of CRD."""
+
+    negatives: int = Field(16384, ge=1)
+    """Samples of other classes that each image is told from."""
+    dimension: int = Field(128, ge=1)
+    """Width of the space in which both networks meet."""
+    temperature: float = Field(0.07, gt=0)
+    """Divides the similarities."""
+    memory_momentum: float = Field(0.5, ge=0, lt=1)
+    """Share of the old entry when the memory of a sample is updated."""
+    use_labels: bool = True
+    """Draw negatives from other classes; otherwise from all other samples."""
+    contrast_weight: float = Field(0.8, ge=0)
+    """Weight of the contrastive loss."""
+    label_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy with the labels."""
+
+
+class CRD(StudentMethod):
+    """The method; see the module's docstring. The features are what a network's last linear layer reads."""
+
+    name: ClassVar[str] = "crd"
+    paper: ClassVar[Paper] = Paper(
+        "Contrastive Representation Distillation",
+        "Tian, Krishnan, Isola",
+        "ICLR 2020",
+        "https://arxiv.org/abs/1910.10699",
+    )
+    idea: ClassVar[str] = "Tell an image's pair of student and teacher features from pairs of different images."
+    needs: ClassVar[Needs] = Needs(
+        tasks=("classification",),
+        teachers={"teacher": "one"},
+        students={"student": "spec"},
+        data={"train": frozenset({"image", "label"})},
+    )
+    Config: ClassVar[type[MethodConfig]] = Config
+    default_recipe: ClassVar[Mapping[str, Any]] = {
+        "teachers": {"teacher": "demo:scenes-cnn"},
+        "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
+        "data": {"train": "scenes"},
+        "config": {"negatives": 512},
+    }
+
+    def phases(self, ctx: Context) -> Phases:
+        """One training of the student and both projections, beside the memory."""
+        config = self.config
+        student, teachers = self.start(ctx)
+        teacher, stream = teachers[0], make_stream(ctx, config)
+        shape, labels = stream.dataset.info.shape, torch.from_numpy(labels_of(stream.dataset))
+        sampler = NegativeSampler(labels if config.use_labels else torch.arange(len(labels)))
+        heads = [network.head(shape) for network in (student, teacher)]
+        project = nn.ModuleList(self._projection(n, h, shape) for n, h in zip((student, teacher), heads, strict=True))
+        project.to(ctx.device)
+        generator = ctx.rng(0, "memory", shared=True)
+        memory = ContrastiveMemory(
+            len(labels), config.dimension, momentum=config.memory_momentum, generator=generator
+        ).to(ctx.device)
+
+        def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
+            batch = batches["train"]
+            logits, features = student.embed(batch["image"], heads[0])
+            with torch.no_grad():
+                _, wanted = teacher.embed(batch["image"], heads[1])
+            ours, theirs = project[0](features), project[1](wanted)
+            candidates = sampler(batch["index"], config.negatives, ctx.rng(i, "negatives"))
+            contrast = memory(ours, theirs, candidates, temperature=config.temperature)
+            if i == 0:  # the constants are estimated on each process's own batch
+                memory.log_normalizers.copy_(ctx.reduce(memory.log_normalizers))
+            losses = {
+                "labels": config.label_weight * label_loss(logits, batch["label"]),
+                "contrast": config.contrast_weight * contrast,
+            }
+            yield Update("student", losses)
+            rows = [ctx.gather(part.detach()) for part in (ours, theirs, batch["index"])]
+            memory.update(*_first_of_each(*rows))
+
+        others = {"projections": project}
+        yield train_phase("distil", config, stream, step, student, teachers, others, {"memory": memory})
+
+    def _projection(self, network: Classifier, head: str, shape: Sequence[int]) -> ProjectionHead:
+        device = next(network.parameters()).device
+        with torch.no_grad():
+            network.module.eval()
+            _, embedding = network.embed(torch.zeros(1, *shape, device=device), head)
+        return ProjectionHead(embedding.shape[1], self.config.dimension)
+
+
+def _first_of_each(student: Tensor, teacher: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of a batch without those of a sample that is in it already, which the end of an epoch can bring."""
+    seen: set[int] = set()
+    keep = [k for k, index in enumerate(indices.tolist()) if not (index in seen or seen.add(index))]  # type: ignore[func-returns-value]
+    return student[keep], teacher[keep], indices[keep]
+
+
+METHOD = CRD

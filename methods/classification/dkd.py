@@ -7,13 +7,23 @@ student.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from compressor.data.stream import Batch
 from compressor.losses.divergence import kl_divergence
 from compressor.losses.precision import at_least_float32
+from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.training.distillation import LogitTrainingConfig, StudentMethod, teacher_logits, train_phase
+from compressor.training.phase import Phases, Update
+from compressor.training.supervised import label_loss
+from compressor.training.training_config import make_stream
 
-__all__ = ["decoupled_divergences", "dkd_loss", "warm_up_weight"]
+__all__ = ["DKD", "METHOD", "decoupled_divergences", "dkd_loss", "warm_up_weight"]
 
 
 def decoupled_divergences(
@@ -85,3 +95,71 @@ def _split(logits: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, 
     others = logits.gather(1, others + (others >= labels[:, None]))
     target = logits.gather(1, labels[:, None])
     return torch.cat([target, others.logsumexp(dim=1, keepdim=True)], dim=1), others
+
+
+class Config(LogitTrainingConfig):
+    """Configuration of DKD."""
+
+    alpha: float = Field(1.0, ge=0)
+    """Weight of the target class."""
+    beta: float = Field(8.0, ge=0)
+    """Weight of the other classes: the larger, the surer the teacher is."""
+    temperature: float = Field(4.0, gt=0)
+    """Softens both sides' probabilities."""
+    label_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy with the labels."""
+    warm_up: float = Field(1 / 12, ge=0, le=1)
+    """Share of the training over which the distillation's weight rises to 1."""
+
+
+class DKD(StudentMethod):
+    """The method; see the module's docstring."""
+
+    name: ClassVar[str] = "dkd"
+    paper: ClassVar[Paper] = Paper(
+        "Decoupled Knowledge Distillation",
+        "Zhao, Cui, Song, Qiu, Liang",
+        "CVPR 2022",
+        "https://arxiv.org/abs/2203.08679",
+    )
+    idea: ClassVar[str] = "Weigh what the teacher says of the target class and of the other classes apart."
+    needs: ClassVar[Needs] = Needs(
+        tasks=("classification",),
+        teachers={"teacher": "one"},
+        students={"student": "spec"},
+        data={"train": frozenset({"image", "label"})},
+    )
+    Config: ClassVar[type[MethodConfig]] = Config
+    default_recipe: ClassVar[Mapping[str, Any]] = {
+        "teachers": {"teacher": "demo:scenes-cnn"},
+        "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
+        "data": {"train": "scenes"},
+    }
+
+    def phases(self, ctx: Context) -> Phases:
+        """One training of the student."""
+        config = self.config
+        student, teachers = self.start(ctx)
+        stream = make_stream(ctx, config)
+        targets = teacher_logits(ctx, config, teachers, stream)
+
+        def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
+            batch = batches["train"]
+            logits, labels = student(batch["image"]), batch["label"]
+            distance = dkd_loss(
+                logits,
+                targets.one(0, batch["image"], i),
+                labels,
+                alpha=config.alpha,
+                beta=config.beta,
+                temperature=config.temperature,
+            )
+            weight = warm_up_weight(i + 1, config.warm_up * config.steps)
+            yield Update(
+                "student", {"labels": config.label_weight * label_loss(logits, labels), "dkd": weight * distance}
+            )
+
+        yield train_phase("distil", config, stream, step, student, teachers)
+
+
+METHOD = DKD

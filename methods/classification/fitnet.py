@@ -7,13 +7,27 @@ the student.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compressor.data.stream import Batch
 from compressor.errors import RequestError
+from compressor.losses.divergence import kl_divergence
 from compressor.losses.precision import at_least_float32
+from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.models.classifier import Classifier
+from compressor.models.feature_layers import FeatureLayer
+from compressor.training.distillation import LogitTrainingConfig, StudentMethod, teacher_logits, train_phase
+from compressor.training.phase import Phases, Train, Update
+from compressor.training.supervised import label_loss
+from compressor.training.training_config import TrainingConfig, make_stream
 
-__all__ = ["hint_loss", "hint_regressor", "soft_target_weight"]
+__all__ = ["METHOD", "FitNet", "hint_loss", "hint_regressor", "soft_target_weight"]
 
 
 def hint_loss(regressed_features: Tensor, hint_features: Tensor) -> Tensor:
@@ -81,3 +95,109 @@ def soft_target_weight(step: int, steps: int, *, start: float = 4.0, end: float 
     """
     progress = min(step / max(steps - 1, 1), 1.0)
     return start + (end - start) * progress
+
+
+class HintStage(TrainingConfig):
+    """The first stage: the student up to its guided layer, and the regressor."""
+
+    steps: int = Field(200, ge=0)
+    """Training steps of the hint stage; 0 leaves it out."""
+
+
+class Config(LogitTrainingConfig):
+    """Configuration of FitNet; the keys beside `hint` are those of the second stage."""
+
+    hint: HintStage = HintStage()
+    """The first stage."""
+    hint_layer: str | None = None
+    """Layer of the teacher that gives the hint; the middle one of its stages by default."""
+    guided_layer: str | None = None
+    """Layer of the student that is guided; the middle one of its stages, or an earlier one with a larger map."""
+    temperature: float = Field(3.0, gt=0)
+    """Softens both sides' probabilities in the second stage."""
+    soft_start: float = Field(4.0, ge=0)
+    """Weight of the teacher's probabilities at the start of the second stage."""
+    soft_end: float = Field(1.0, ge=0)
+    """Weight at its end."""
+
+
+class FitNet(StudentMethod):
+    """The method; see the module's docstring."""
+
+    name: ClassVar[str] = "fitnet"
+    paper: ClassVar[Paper] = Paper(
+        "FitNets: Hints for Thin Deep Nets",
+        "Romero, Ballas, Kahou, Chassang, Gatta, Bengio",
+        "ICLR 2015",
+        "https://arxiv.org/abs/1412.6550",
+    )
+    idea: ClassVar[str] = "Teach the student's lower half a middle layer of the teacher first, then distil all of it."
+    needs: ClassVar[Needs] = Needs(
+        tasks=("classification",),
+        teachers={"teacher": "one"},
+        students={"student": "spec"},
+        data={"train": frozenset({"image", "label"})},
+    )
+    Config: ClassVar[type[MethodConfig]] = Config
+    default_recipe: ClassVar[Mapping[str, Any]] = {
+        "teachers": {"teacher": "demo:scenes-cnn"},
+        "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
+        "data": {"train": "scenes"},
+    }
+
+    def phases(self, ctx: Context) -> Phases:
+        """The hint stage, then knowledge distillation."""
+        config = self.config
+        student, teachers = self.start(ctx)
+        stream = make_stream(ctx, config)
+        if config.hint.steps:
+            yield self._hint_phase(ctx, student, teachers)
+        targets = teacher_logits(ctx, config, teachers, stream)
+
+        def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
+            batch = batches["train"]
+            logits = student(batch["image"])
+            weight = soft_target_weight(i, config.steps, start=config.soft_start, end=config.soft_end)
+            soft = kl_divergence(logits, targets.one(0, batch["image"], i), temperature=config.temperature)
+            yield Update("student", {"labels": label_loss(logits, batch["label"]), "soft": weight * soft})
+
+        yield train_phase("distil", config, stream, step, student, teachers)
+
+    def _hint_phase(self, ctx: Context, student: Classifier, teachers: Sequence[Classifier]) -> Train:
+        config, stage = self.config, self.config.hint
+        teacher, stream = teachers[0], make_stream(ctx, stage, tag="hint")
+        shape = stream.dataset.info.shape
+        hint = middle_layer(teacher, shape, config.hint_layer)
+        guided = middle_layer(student, shape, config.guided_layer, at_least=hint.shape[1:])
+        regressor = hint_regressor(guided.shape, hint.shape).to(ctx.device)
+
+        def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
+            pixels = batches["train"]["image"]
+            with torch.no_grad():
+                _, (wanted,) = teacher.features(pixels, [hint.name])
+            _, (features,) = student.features(pixels, [guided.name])
+            yield Update("student", {"hint": hint_loss(regressor(features), wanted)})
+
+        return train_phase("hint", stage, stream, step, student, teachers, {"regressor": regressor})
+
+
+def middle_layer(
+    network: Classifier, image_shape: Sequence[int], name: str | None, at_least: Sequence[int] = (1, 1)
+) -> FeatureLayer:
+    """The named layer, or the deepest of the first half of the stages whose map is not smaller than ``at_least``.
+
+    Args:
+        network: Whose layer it is.
+        image_shape: (C, H, W) of the data.
+        name: The user's choice.
+        at_least: (H, W); where no stage of the first half is that large, the largest one is taken.
+    """
+    if name is not None:
+        return network.layers(image_shape, [name])[0]
+    stages = network.layers(image_shape)
+    lower = stages[: len(stages) // 2 + 1] if len(stages) > 1 else stages
+    fitting = [s for s in lower if all(have >= need for have, need in zip(s.shape[1:], at_least, strict=True))]
+    return fitting[-1] if fitting else lower[0]
+
+
+METHOD = FitNet

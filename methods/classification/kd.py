@@ -6,13 +6,22 @@ resemble each other, and the labels at temperature 1. Trained and exported: the 
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
+from compressor.data.stream import Batch
 from compressor.losses.divergence import kl_divergence
 from compressor.losses.precision import at_least_float32
+from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.training.distillation import LogitTrainingConfig, StudentMethod, teacher_logits, train_phase
+from compressor.training.phase import Phases, Update
+from compressor.training.training_config import make_stream
 
-__all__ = ["kd_objective", "soft_target_loss"]
+__all__ = ["KD", "METHOD", "kd_objective", "soft_target_loss"]
 
 
 def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 4.0) -> Tensor:
@@ -56,3 +65,60 @@ def kd_objective(
     soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
     hard = F.cross_entropy(at_least_float32(student_logits), labels)
     return soft_weight * soft + (1 - soft_weight) * hard
+
+
+class Config(LogitTrainingConfig):
+    """Configuration of KD."""
+
+    temperature: float = Field(4.0, gt=0)
+    """Softens both sides' probabilities."""
+    soft_weight: float = Field(0.9, ge=0, le=1)
+    """Weight of the teacher; the labels get the rest."""
+
+
+class KD(StudentMethod):
+    """The method; see the module's docstring."""
+
+    name: ClassVar[str] = "kd"
+    paper: ClassVar[Paper] = Paper(
+        "Distilling the Knowledge in a Neural Network",
+        "Hinton, Vinyals, Dean",
+        "NIPS 2014 Deep Learning Workshop",
+        "https://arxiv.org/abs/1503.02531",
+    )
+    idea: ClassVar[str] = "Match the teacher's class probabilities at a raised temperature, and the labels."
+    needs: ClassVar[Needs] = Needs(
+        tasks=("classification",),
+        teachers={"teacher": "one"},
+        students={"student": "spec"},
+        data={"train": frozenset({"image", "label"})},
+    )
+    Config: ClassVar[type[MethodConfig]] = Config
+    default_recipe: ClassVar[Mapping[str, Any]] = {
+        "teachers": {"teacher": "demo:scenes-cnn"},
+        "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
+        "data": {"train": "scenes"},
+    }
+
+    def phases(self, ctx: Context) -> Phases:
+        """One training of the student."""
+        config = self.config
+        student, teachers = self.start(ctx)
+        stream = make_stream(ctx, config)
+        targets = teacher_logits(ctx, config, teachers, stream)
+
+        def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
+            batch = batches["train"]
+            loss = kd_objective(
+                student(batch["image"]),
+                targets.one(0, batch["image"], i),
+                batch["label"],
+                temperature=config.temperature,
+                soft_weight=config.soft_weight,
+            )
+            yield Update("student", {"kd": loss})
+
+        yield train_phase("distil", config, stream, step, student, teachers)
+
+
+METHOD = KD
