@@ -126,7 +126,7 @@ def _export_graph(
 ) -> _Exported:
     with evaluation_form(graph) as plain:
         inputs = _records(name, plain, target, records)
-        references = [module_outputs(plain, record) for record in inputs]
+        references = [module_outputs(plain, record, name) for record in inputs]
     exported = store.plain(name, graph)
     source, parities = Source(name, exported, exported), []
     islands: tuple[Island, ...] = ()

@@ -141,7 +141,7 @@ def evaluation_form(graph: Graph) -> Iterator[Graph]:
             part.training = mode
 
 
-def module_outputs(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def module_outputs(graph: Graph, inputs: Mapping[str, Array], name: str = "graph") -> dict[str, Array]:
     """What the module of an `evaluation_form` gives for some inputs, by output name.
 
     Raises:
@@ -157,7 +157,7 @@ def module_outputs(graph: Graph, inputs: Mapping[str, Array]) -> dict[str, Array
     values = result if isinstance(result, (tuple, list)) else (result,)
     if len(values) != len(graph.outputs) or not all(isinstance(value, torch.Tensor) for value in values):
         raise RequestError(
-            f"the module returns {len(values)} values, but the outputs are named {', '.join(graph.outputs)}: "
+            f"graph {name!r} returns {len(values)} values, but the outputs are named {', '.join(graph.outputs)}: "
             "return one tensor a name"
         )
     return {key: value.numpy() for key, value in zip(graph.outputs, values, strict=True)}
@@ -189,7 +189,7 @@ def _check_example(graph: Graph, name: str) -> None:
                     "give at least 2"
                 )
     try:
-        module_outputs(graph, {key: value.numpy() for key, value in graph.inputs.items()})
+        module_outputs(graph, {key: value.numpy() for key, value in graph.inputs.items()}, name)
     except CompressorError:
         raise
     except Exception as error:  # user code

