@@ -1,4 +1,4 @@
-"""The whole way: teachers, methods, student, export, measurement, report; every finished stage is kept and not repeated.
+"""The whole way: teachers, methods, student, export, measurement, report; a finished stage is not repeated.
 
 The training part runs on all processes of a launch; from the export on the main process works alone.
 """
@@ -6,6 +6,7 @@ The training part runs on all processes of a launch; from the export on the main
 from __future__ import annotations
 
 import base64
+import math
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -493,7 +494,7 @@ def _measure_model(work: _Work, name: str, model: Model, deployable: Deployable)
             "block_parameters": block_parameters(model),
             "bytes": sum(value.numel() * value.element_size() for value in model.module.state_dict().values()),
             "macs": macs_per_sample(deployable),
-            "metrics": quality(task, driver, evaluation, _batch(work)),
+            "metrics": _finite(quality(task, driver, evaluation, _batch(work))),
         }
         pictures = getattr(task, "pictures", None)
         if pictures is not None:
@@ -501,8 +502,14 @@ def _measure_model(work: _Work, name: str, model: Model, deployable: Deployable)
         work.log.event("evaluate", f"{name}: {_figures(task, stage.facts['metrics'])}", **stage.facts["metrics"])
 
 
-def _figures(task: Task, metrics: Mapping[str, float]) -> str:
-    return ", ".join(f"{f.label} {metrics[f.name]:.4g}" for f in task.figures if f.headline and f.name in metrics)
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    """Figures as JSON has them: what could not be computed is null."""
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _figures(task: Task, metrics: Mapping[str, float | None]) -> str:
+    shown = [(figure.label, metrics.get(figure.name)) for figure in task.figures if figure.headline]
+    return ", ".join(f"{label} {value:.4g}" for label, value in shown if value is not None)
 
 
 def _measure_engine(work: _Work, name: str) -> None:
@@ -527,7 +534,7 @@ def _measure_engine(work: _Work, name: str) -> None:
         task = work.judged()
         first = timed(lambda: engine.driver(task.request(1), seed=0))
         stage.facts |= {"load_ms": loaded.milliseconds, "first_ms": first.milliseconds}
-        stage.facts["metrics"] = quality(task, engine.driver, evaluation, _batch(work))
+        stage.facts["metrics"] = _finite(quality(task, engine.driver, evaluation, _batch(work)))
         pictures = getattr(task, "pictures", None)
         if pictures is not None:
             stage.facts["png"] = base64.b64encode(pictures(engine.driver, seed=evaluation.seed)).decode()

@@ -65,9 +65,12 @@ class ImageGeneration:
         self.judge: Run | None = None
         self._reference: Array | None = None
         self._tables: dict[str, ConditionTable] = {}
+        self._datasets: dict[tuple[str, str], Dataset] = {}
 
     def dataset(self, role: str = "train", split: str = "train") -> Dataset:
-        return load_data(self.data[role], split)
+        if (role, split) not in self._datasets:
+            self._datasets[role, split] = load_data(self.data[role], split)
+        return self._datasets[role, split]
 
     @property
     def info(self) -> DataInfo:

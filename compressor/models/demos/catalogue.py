@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -44,7 +45,7 @@ DEMOS = {
 """Demo classes by name; other packages add theirs through the entry-point group ``compressor.demos``."""
 
 SEED = 20251123
-"""All demos are trained from it; a demo that takes a ``seed`` of its own adds it to its fingerprint."""
+"""All demos are trained from it; a demo that has a ``seed`` of its own adds it (and names it in its fingerprint)."""
 
 
 class Demo(Protocol):
@@ -138,9 +139,10 @@ def trained(
 def _train(
     chosen: Any, task: Task, save: Any, directory: Path, steps: int, mark: str, log: Log | None, device: str
 ) -> None:
-    distributed, randomness = Distributed.single(device), Randomness(SEED)
+    seed = SEED + int(getattr(chosen, "seed", 0))
+    distributed, randomness = Distributed.single(device), Randomness(seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
+        torch.manual_seed(seed)
         model = chosen.build()
     module: nn.Module = model.module if isinstance(model, Model) else model
     module.to(distributed.device).train()
@@ -151,8 +153,9 @@ def _train(
         randomness=randomness,
         fingerprint=mark,
         log=_events(log, chosen.name),
+        progress=log is not None and not log.quiet and sys.stderr.isatty(),
     )
-    engine.run(chosen.phases(model, ctx, steps), prefix=chosen.name)
+    engine.run(chosen.phases(model, ctx, steps), prefix=f"{chosen.name}/")
     module.eval().cpu()
     save(model, directory / "model")
 

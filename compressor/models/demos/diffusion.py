@@ -22,6 +22,9 @@ class DigitsMMDiT:
 
     The configuration of the PPCL card's small experiment, with a tenth of the prompts left empty so that the model can
     be guided.
+
+    Args:
+        seed: Of its weights and its training.
     """
 
     name = "digits-mmdit"
@@ -41,6 +44,9 @@ class DigitsMMDiT:
         "axes_dims_rope": [4, 6, 6],
     }
 
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
     def build(self) -> Model:
         """The untrained model; its weights come from the global generator."""
         info = ModelInfo("diffusers", "QwenImageTransformer2DModel", dict(self.config))
@@ -48,7 +54,8 @@ class DigitsMMDiT:
 
     def fingerprint(self) -> list[Any]:
         """Everything that decides the weights."""
-        return [self.name, self.config, self.steps, self.batch, self.drop, digits("train").info.fingerprint]
+        facts = [self.name, self.seed, self.config, self.steps, self.batch, self.drop]
+        return [*facts, digits("train").info.fingerprint]
 
     def phases(self, model: Model, ctx: Context, steps: int) -> Phases:
         """Flow matching: the velocity's squared error at uniform levels."""

@@ -238,7 +238,7 @@ def _single_modulation(block: Any, state: State) -> tuple[Tensor, ...]:
         embedded = block.norm1.emb(time, state.context["class_labels"], hidden_dtype=state.image.dtype)
         values = block.norm1.linear(F.silu(embedded)).unflatten(1, (-1, state.image.shape[-1]))
     else:
-        values = block.scale_shift_table[None, :3] + time.reshape(len(time), 6, -1)[:, :3]
+        values = block.scale_shift_table[None, :3] + time.unflatten(1, (6, -1))[:, :3]
     return values[:, :3].chunk(3, dim=1)
 
 
