@@ -33,7 +33,8 @@ class Metric(Protocol):
         better: Which way each figure of `compute` improves, by name.
     """
 
-    better: Mapping[str, Literal["higher", "lower"]]
+    @property
+    def better(self) -> Mapping[str, Literal["higher", "lower"]]: ...
 
     def update(self, feed: str, outputs: Mapping[str, Array], samples: Sequence[Sample]) -> None: ...
 

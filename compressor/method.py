@@ -94,7 +94,7 @@ class Context(Protocol):
         ...
 
     def normal(self, i: int, shape: Sequence[int], tag: str = "") -> Tensor:
-        """Standard normal noise ``(B, ...)``; row b depends on (seed, phase, i, tag, place in the global batch) alone."""
+        """Standard normal noise (B, ...); row b depends on (seed, phase, i, tag, place in the global batch) alone."""
         ...
 
     def uniform(self, i: int, size: int, tag: str = "") -> Tensor:

@@ -358,7 +358,7 @@ def _variant(work: _Work, settings: Mapping[str, object]) -> _Made:
 
     entry = work.recipe.methods[-1]
     method: Any = load_method(entry.name)
-    free = getattr(method, "free", frozenset())
+    free: frozenset[str] = getattr(method, "free", frozenset())
     for key in settings:
         if key not in free:
             hint = nearest(key, free) if free else f"the method {entry.name!r} makes one student a training"
@@ -416,7 +416,8 @@ def _export(work: _Work, deployable: Deployable, target: Target, name: str) -> P
     with work.folder.stage(f"export {name}", mark) as stage:
         if stage.finished and (directory.is_dir() or stage.facts.get("reason")):
             return directory if directory.is_dir() else None
-        records = record_inputs(deployable, [work.task.request(8)], limit=8)
+        recorded = record_inputs(deployable, [work.task.request(8)], limit=8)
+        records: dict[str, list[Mapping[str, Any]]] = {graph: list(values) for graph, values in recorded.items()}
         try:
             manifest = export(
                 deployable,

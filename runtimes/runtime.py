@@ -1,4 +1,4 @@
-"""The two small interfaces of the deployed side: a `Runtime` runs one graph, a `Driver` is the loop around the graphs."""
+"""The two interfaces of the deployed side: a `Runtime` runs one graph, a `Driver` is the loop around the graphs."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.noised_data import NoisedData
 from compressor.log import Log
 from compressor.measurement import measure_latency, quality, torch_driver
-from compressor.methods.generation.ppcl import PPCL, Config, Stage, align
+from compressor.methods.generation.ppcl import PPCL, PPCLConfig, Stage, align
 from compressor.models.anatomy.blocks import block_stack
 from compressor.models.demos.catalogue import demo_model
 from compressor.models.demos.judges import judge_of
@@ -104,7 +104,7 @@ class Bench:
     def ppcl(self) -> PPCL:
         """Probes, runs and plugs as the method makes them, no width and no fine-tuning."""
         stages = {"depth": Stage(steps=DEPTH_STEPS, lr=LEARNING_RATE, batch=BATCH), "finetune": Stage(steps=0, lr=1.0)}
-        method = PPCL(Config(keep=0.01, **stages))
+        method = PPCL(PPCLConfig(keep=0.01, **stages))
         self.engine("ppcl").run(method.phases(self.ctx))
         return method
 

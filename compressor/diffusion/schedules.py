@@ -25,7 +25,10 @@ PredictionType = Literal["flow", "epsilon", "v_prediction", "sample"]
 class Schedule(Protocol):
     """One noise schedule. All tensors are float32 or wider; ``level`` is ``(B,)``, samples are ``(B, ...)``."""
 
-    prediction_type: PredictionType
+    @property
+    def prediction_type(self) -> PredictionType:
+        """What the network predicts."""
+        ...
 
     def level(self, uniform: Tensor) -> Tensor:
         """Map uniform numbers in [0, 1) to training levels."""
@@ -166,7 +169,7 @@ def schedule_from_config(config: dict[str, Any] | None, *, architecture: str) ->
     kind = config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction", "sample"):
         raise ModelError(
-            f"the scheduler {name} predicts {kind!r}; epsilon, v_prediction, sample and flow are supported"
+            f"the scheduler {name} predicts {kind!r}; supported are flow, epsilon, v_prediction and sample"
         )
     return DiscreteSchedule(_alphas_cumprod(config, name), kind)
 

@@ -111,7 +111,7 @@ class Train:
     optimizers: dict[str, Optim]
     streams: dict[str, Stream]
     step: Step
-    state: dict[str, Stateful]
+    state: Mapping[str, Stateful]
     modes: Sequence[tuple[nn.Module, Literal["train", "eval"]]] = ()
     validate: Callable[[], float] | None = None
     validate_every: int = 0

@@ -52,6 +52,7 @@ from compressor.training.phase import Compute, Optim, Phases, Train, Update
 __all__ = [
     "METHOD",
     "PPCL",
+    "PPCLConfig",
     "chain_cka",
     "choose_text_runs",
     "find_redundant_intervals",
@@ -237,7 +238,7 @@ class Stage(MethodConfig):
     """AdamW's decoupled weight decay."""
 
 
-class Config(MethodConfig):
+class PPCLConfig(MethodConfig):
     """Configuration of PPCL."""
 
     keep: float = Field(0.5, gt=0, le=1)
@@ -290,7 +291,7 @@ class PPCL:
         data={"train": frozenset({"image", "label"})},
         anatomy="blocks",
     )
-    Config: ClassVar[type[MethodConfig]] = Config
+    Config: ClassVar[type[MethodConfig]] = PPCLConfig
     default_recipe: ClassVar[Mapping[str, Any]] = {
         "teachers": {"teacher": "demo:digits-mmdit"},
         "data": {"train": "digits"},
@@ -304,7 +305,7 @@ class PPCL:
         """What to change so that a student of the same plugs needs no gradient step: it is no longer fine-tuned."""
         return {stage: {**config[stage], "steps": 0} for stage in ("width", "finetune")}
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: PPCLConfig) -> None:
         self.config = config
         self.notes: list[str] = []
         self._student: Model | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from compressor.errors import RequestError
 from compressor.runtimes.runtime import Array, Port, Run
 
 __all__ = ["DRIVER", "Sampler"]
@@ -36,6 +37,9 @@ class Sampler:
 
     Outputs:
         image: (B, C, H, W) float32.
+
+    Raises:
+        RequestError: Rows out of range, missing condition fields, or guidance without an empty condition.
     """
 
     def __init__(
@@ -47,8 +51,13 @@ class Sampler:
         arrays = {name: value for name, value in assets.items() if isinstance(value, np.ndarray)}
         self.tables = {n.removeprefix("condition."): v for n, v in arrays.items() if n.startswith("condition.")}
         self.timesteps = arrays["timesteps"]
-        self.levels = arrays.get("levels")
-        self.signal = arrays.get("signal")
+        # amplitudes of signal and noise before every step, and behind the last
+        if "levels" in arrays:
+            self.sigma = arrays["levels"].astype(np.float64)
+            self.signal = 1 - self.sigma
+        else:
+            kept = arrays["signal"].astype(np.float64)
+            self.signal, self.sigma = kept**0.5, (1 - kept) ** 0.5
         self.guidance = float(settings.get("guidance_scale", 1.0))
         self.inputs = (Port("label", "label", ("batch",), "int64"),)
         self.outputs = (Port("image", "image", ("batch", *self.shape), "float32"),)
@@ -70,23 +79,24 @@ class Sampler:
         return {"image": sample.astype(np.float32)}
 
     def _conditions(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
+        """The condition of every sample, and the empty one where guidance needs it."""
         if "label" in inputs:
             rows = np.asarray(inputs["label"]).reshape(-1)
-            limit = min((len(table) for table in self.tables.values()), default=0)
-            if rows.size and (rows.min() < 0 or rows.max() >= limit):
-                raise ValueError(f"condition rows must lie in [0, {limit}), got {rows.min()} to {rows.max()}")
+            count = min((len(table) for table in self.tables.values()), default=0)
+            if rows.size and (rows.min() < 0 or rows.max() >= count):
+                raise RequestError(f"condition rows must lie in [0, {count}), got {rows.min()} to {rows.max()}")
             condition = {name: table[rows] for name, table in self.tables.items()}
         else:
-            missing = [name for name in self.tables if name not in inputs]
-            if missing:
-                raise ValueError(f"give `label` rows or the condition fields {', '.join(self.tables)}")
+            if any(name not in inputs for name in self.tables):
+                raise RequestError(f"give `label` rows or the condition fields {', '.join(self.tables)}")
             condition = {name: np.asarray(inputs[name]) for name in self.tables}
         if self.guidance == 1.0:
             return condition, {}
         row = self.settings.get("null_row")
         if row is None:
-            raise ValueError("guidance needs the empty condition: the model was exported without one")
-        return condition, {name: np.repeat(table[row][None], len(condition[name]), 0) for name, table in self.tables.items()}
+            raise RequestError("guidance needs the empty condition: the model was exported without one")
+        empty = {name: table[row][None] for name, table in self.tables.items()}
+        return condition, {name: np.repeat(value, len(condition[name]), 0) for name, value in empty.items()}
 
     def _predict(self, sample: Array, step: int, condition: Mapping[str, Array], empty: Mapping[str, Array]) -> Array:
         timestep = np.full(len(sample), self.timesteps[step], self.timesteps.dtype)
@@ -101,26 +111,16 @@ class Sampler:
     def _advance(self, sample: Array, prediction: Array, step: int, rng: np.random.Generator) -> Array:
         rule = self.settings["rule"]
         if rule == "euler":
-            assert self.levels is not None
-            return sample + np.float32(self.levels[step + 1] - self.levels[step]) * prediction
-        signal, sigma, next_signal, next_sigma = self._factors(step)
-        clean, noise = self._split(sample, prediction, signal, sigma)
+            return sample + np.float32(self.sigma[step + 1] - self.sigma[step]) * prediction
+        clean, noise = self._split(sample, prediction, self.signal[step], self.sigma[step])
         if rule == "renoise" and step + 1 < len(self.timesteps):
-            noise = rng.standard_normal(sample.shape)
-        return np.asarray(next_signal * clean + next_sigma * noise, np.float32)
-
-    def _factors(self, step: int) -> tuple[float, float, float, float]:
-        """Signal and noise amplitudes now and after the step."""
-        if self.levels is not None:
-            now, after = float(self.levels[step]), float(self.levels[step + 1])
-            return 1 - now, now, 1 - after, after
-        assert self.signal is not None
-        now, after = float(self.signal[step]), float(self.signal[step + 1])
-        return now**0.5, (1 - now) ** 0.5, after**0.5, (1 - after) ** 0.5
+            noise = np.asarray(rng.standard_normal(sample.shape))
+        return np.asarray(self.signal[step + 1] * clean + self.sigma[step + 1] * noise, np.float32)
 
     def _split(self, sample: Array, prediction: Array, signal: float, sigma: float) -> tuple[Array, Array]:
         """Clean sample and noise that a prediction implies, in float64: the signal is small at the noisy end."""
-        wide, guess = sample.astype(np.float64), prediction.astype(np.float64)
+        wide: Array = sample.astype(np.float64)
+        guess: Array = prediction.astype(np.float64)
         kind = self.settings.get("prediction_type", "flow")
         if kind == "flow":
             return wide - sigma * guess, wide + signal * guess

@@ -16,7 +16,7 @@ from compressor.context import RunContext
 from compressor.errors import RequestError
 from compressor.methods.generation.ppcl import (
     PPCL,
-    Config,
+    PPCLConfig,
     Stage,
     align,
     chain_cka,
@@ -163,7 +163,7 @@ def teacher_model(layers: int = 6) -> Model:
 
 def train(directory: Path, teacher: Model, **config: Any) -> tuple[PPCL, Engine]:
     stages = {"depth": Stage(steps=3, lr=1e-3, batch=8), "finetune": Stage(steps=0, lr=1e-3)}
-    method = PPCL(Config(**{"calibration": 64, **stages, **config}))
+    method = PPCL(PPCLConfig(**{"calibration": 64, **stages, **config}))
     randomness, alone = Randomness(0), Distributed.single()
     task = ImageGeneration({"train": "digits"}, {})
     ctx = RunContext(task, {"teacher": [teacher]}, randomness, alone, name="0-ppcl")
