@@ -60,8 +60,8 @@ class Denoising:
 
     def deployable(self, model: Model) -> Deployable:
         """One graph; the driver around it is `acme_compressor.denoise_driver`."""
-        shape = self.dataset().info.shape
-        example = {"image": torch.from_numpy(self.request(2)["image"])}
+        shape, device = self.dataset().info.shape, next(model.module.parameters()).device
+        example = {"image": torch.from_numpy(self.request(2)["image"]).to(device)}
         graph = Graph(model.module, example, outputs=("clean",), dynamic={"image": {0: "batch"}})
         return Deployable({"network": graph}, DriverSpec("acme-denoise", {"shape": list(shape)}))
 
