@@ -219,8 +219,6 @@ def _notes(target: Target, built: Built) -> tuple[str, ...]:
 def _buildable(target: Target) -> Availability:
     if not target.has_artifact:
         raise TargetError(f"target {target.name} has no artifact: it runs the student itself, nothing is exported")
-    if target.precision not in ("fp32", "fp16"):
-        raise TargetError(f"target {target.name}: precision {target.precision} cannot be exported; use fp32 or fp16")
     found = availability(target)
     if not found.can_build:
         hint = f": {found.install_hint}" if found.install_hint else ""
@@ -245,7 +243,7 @@ def _builder(engine: str) -> Any:
 def _records(
     name: str, graph: Graph, target: Target, records: list[Mapping[str, Array]] | None
 ) -> list[Mapping[str, Array]]:
-    """The recorded inputs in the example's dtypes, cut to the target's largest batch; else the example itself."""
+    """The recorded inputs in the example's dtypes, at batch sizes that the target takes; else the example itself."""
     given: list[Mapping[str, Array]] = list(records or [])
     if not given:
         given = [{key: value.numpy() for key, value in graph.inputs.items()}]
@@ -259,7 +257,8 @@ def _records(
             array = np.asarray(record[key]).astype(example.numpy().dtype)
             for axis, label in graph.dynamic.get(key, {}).items():
                 if label == "batch":
-                    array = array.take(range(min(array.shape[axis], target.batch.max)), axis=axis)
+                    size = min(max(array.shape[axis], target.batch.min), target.batch.max)
+                    array = array.take(np.arange(size) % array.shape[axis], axis=axis)
             ready[key] = array
         result.append(ready)
     return result

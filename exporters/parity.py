@@ -30,7 +30,8 @@ def compare(
 
     Returns:
         The parity of the worst output: largest absolute difference, and that over the output's largest absolute value.
-        Values that are not finite where the reference is finite make both infinite.
+        For whole numbers and truth values the second is the share of entries that differ. Values that are not finite
+        where the reference is finite make both infinite.
 
     Raises:
         ArtifactError: An output is missing or has another shape.
@@ -62,6 +63,9 @@ def worst(parities: list[Parity]) -> Parity:
 
 def _difference(expected: Array, given: Array) -> tuple[float, float]:
     wide, other = expected.astype(np.float64), given.astype(np.float64)
+    if expected.dtype.kind != "f":
+        unlike = wide != other
+        return float(np.abs(wide - other).max(initial=0.0)), float(unlike.mean()) if unlike.size else 0.0
     finite = np.isfinite(wide)
     if not np.array_equal(wide[~finite], other[~finite], equal_nan=True) or not np.isfinite(other[finite]).all():
         return float("inf"), float("inf")

@@ -11,6 +11,17 @@ from onnxscript import rewriter
 
 __all__ = ["simplify"]
 
+_LAST_PASSES: dict[str, dict[str, Any]] = {
+    "RemoveUnusedFunctionsPass": {},
+    "RemoveUnusedOpsetsPass": {},
+    "LiftConstantsToInitializersPass": {"lift_all_constants": True, "size_limit": 0},
+    "LiftSubgraphInitializersToMainGraphPass": {},
+    "DeduplicateInitializersPass": {},
+    "CommonSubexpressionEliminationPass": {},
+    "OutputFixPass": {},
+    "NameFixPass": {},
+}
+
 
 def simplify(model: onnx_ir.Model) -> None:
     """Simplify in place with onnxscript's default passes, without two kinds of its rules where they are known.
@@ -22,21 +33,15 @@ def simplify(model: onnx_ir.Model) -> None:
     if not rules:
         onnxscript.optimizer.optimize_ir(model)
         return
-    onnx_ir.passes.Sequential(common.InlinePass())(model)
+    common.InlinePass()(model)
     for _ in range(2):
         onnxscript.optimizer.fold_constants(model, onnx_shape_inference=True)
         rewriter.RewritePass(rules)(model)
         common.RemoveUnusedNodesPass()(model)
-    onnx_ir.passes.Sequential(
-        common.RemoveUnusedFunctionsPass(),
-        common.RemoveUnusedOpsetsPass(),
-        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
-        common.LiftSubgraphInitializersToMainGraphPass(),
-        common.DeduplicateInitializersPass(),
-        common.CommonSubexpressionEliminationPass(),
-        common.OutputFixPass(),
-        common.NameFixPass(),
-    )(model)
+    for name, options in _LAST_PASSES.items():
+        kind = getattr(common, name, None)  # older versions lack the newest
+        if kind is not None:
+            kind(**options)(model)
 
 
 def _rules() -> list[Any]:

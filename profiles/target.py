@@ -33,6 +33,8 @@ __all__ = [
 ]
 
 RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch")
+EXPORTED = ("fp32", "fp16")
+"""Precisions that the exporters make."""
 _FOLDER = Path(__file__).parent / "targets"
 _GROUP = "compressor.targets"
 
@@ -197,6 +199,9 @@ def availability(target: Target) -> Availability:
     """Say whether ``target`` can be built and run here, and if not, why and what to install."""
     if target.runtime == "torch":
         return _torch(target)
+    if target.precision not in EXPORTED:
+        reason = f"no export to {target.precision} yet: use {' or '.join(EXPORTED)}"
+        return Availability(False, False, reason, engine=engine_for(target))
     check = {"onnxruntime": _onnxruntime, "openvino": _openvino}.get(target.runtime, _tensorrt)
     found = check(target)
     missing = [name for name in ("torch", "onnx", "onnxscript") if not _installed(name)]

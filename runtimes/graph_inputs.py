@@ -23,18 +23,17 @@ def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Array]) -> di
         raise RequestError(f"the graph needs the inputs {', '.join(missing)}; given: {', '.join(inputs) or 'none'}")
     ready: dict[str, Array] = {}
     for spec in specs:
-        array = np.ascontiguousarray(inputs[spec.name], dtype=_dtype(spec.dtype))
+        given = np.asarray(inputs[spec.name])
         # ascontiguousarray makes a vector of a scalar
-        array = array.reshape(np.shape(inputs[spec.name]))
-        fits = len(array.shape) == len(spec.shape) and all(
-            isinstance(size, str) or size == given for size, given in zip(spec.shape, array.shape, strict=True)
-        )
-        if not fits:
+        array: Array = np.ascontiguousarray(given, dtype=np.dtype(spec.dtype)).reshape(given.shape)
+        if not _fits(spec, array):
             expected = ", ".join(str(size) for size in spec.shape)
             raise RequestError(f"input {spec.name!r} must have the shape ({expected}), got {array.shape}")
         ready[spec.name] = array
     return ready
 
 
-def _dtype(name: str) -> np.dtype[np.generic]:
-    return np.dtype(name)
+def _fits(spec: TensorSpec, array: Array) -> bool:
+    if len(spec.shape) != array.ndim:
+        return False
+    return all(isinstance(size, str) or size == given for size, given in zip(spec.shape, array.shape, strict=True))

@@ -139,7 +139,7 @@ class Assets(_Entry):
 class Manifest(_Entry):
     """The content of ``manifest.json``."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     """Version of this schema."""
     target: dict[str, Any]
     """The target, all keys resolved."""
