@@ -200,10 +200,11 @@ def _convert(graph: Graph, name: str) -> ModelProto:
     import torch
 
     from compressor.exporters.simplify import simplify
-    from compressor.exporters.traced_program import fold_constants, has_complex_values, repair_squeezes
+    from compressor.exporters.traced_program import fold_constants, free_lengths, has_complex_values, repair_squeezes
 
     try:
-        program = _trace(graph.module, graph)
+        with free_lengths(graph.module):
+            program = _trace(graph.module, graph)
         with_complex = has_complex_values(program)
         if with_complex:
             program = _trace(fold_constants(program), graph)

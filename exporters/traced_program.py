@@ -1,13 +1,40 @@
-"""Repairs of a traced program (`torch.export`) before it becomes ONNX."""
+"""Help for tracing (`torch.export`), and repairs of a traced program before it becomes ONNX."""
 
 from __future__ import annotations
 
+import builtins
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-__all__ = ["fold_constants", "has_complex_values", "repair_squeezes"]
+__all__ = ["fold_constants", "free_lengths", "has_complex_values", "repair_squeezes"]
+
+
+@contextlib.contextmanager
+def free_lengths(module: nn.Module) -> Iterator[None]:
+    """Let ``len(tensor)`` be a free size in the files that define the module's classes.
+
+    Python wants a number of ``len``, so tracing would fix the batch size wherever a library writes ``len(x)`` for
+    ``x.shape[0]``, as some detectors do.
+    """
+    names = {type(part).__module__ for part in module.modules()}
+    places = [sys.modules[name] for name in names if name in sys.modules and name.partition(".")[0] != "torch"]
+    places = [place for place in places if "len" not in vars(place)]
+
+    def length(value: Any) -> Any:
+        return value.shape[0] if isinstance(value, Tensor) and value.dim() else builtins.len(value)
+
+    try:
+        for place in places:
+            vars(place)["len"] = length
+        yield
+    finally:
+        for place in places:
+            vars(place).pop("len", None)
 
 
 def repair_squeezes(program: torch.export.ExportedProgram) -> None:

@@ -110,6 +110,15 @@ def test_squeeze_of_an_axis_that_is_not_one_is_left_out(tmp_path):
     assert [node.op_type for node in onnx.load(tmp_path / "graph.onnx").graph.node] == ["Mul"]
 
 
+def test_length_of_a_tensor_does_not_fix_the_batch(tmp_path):
+    class Length(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.reshape(len(x), 2, 2).sum(1)
+
+    exported = export_onnx(Graph(Length(), {"x": torch.randn(2, 4)}, ("y",), BATCH), tmp_path / "graph.onnx")
+    assert exported.outputs[0].shape == ("batch", 2) and "len" not in globals()
+
+
 def test_complex_table_of_a_module_becomes_real_arithmetic(tmp_path):
     class Rotate(nn.Module):
         def __init__(self) -> None:
