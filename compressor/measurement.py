@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from compressor.deployable import Deployable
 from compressor.errors import TargetError
@@ -15,17 +15,19 @@ from compressor.profiles.latency import Latency, measure_interleaved, ratio
 from compressor.profiles.report import Comparison
 from compressor.recipe import Benchmark, Evaluation
 from compressor.runtimes.load import driver_class, load_graphs
-from compressor.runtimes.manifest import Manifest, read_assets, read_manifest
-from compressor.runtimes.runtime import Array, Driver
+from compressor.runtimes.manifest import read_assets, read_manifest
+from compressor.runtimes.runtime import Array, Driver, Run
 from compressor.tasks.task import Task
 
-__all__ = ["LoadedEngine", "block_parameters", "macs_per_sample", "measure_latency", "quality", "torch_driver"]
+__all__ = [
+    "Candidate", "LoadedEngine", "TorchEngine", "block_parameters", "compare_latency", "load_engine", "macs_per_sample",
+    "measure_latency", "quality", "torch_driver",
+]  # fmt: skip
 
 
 def torch_driver(deployable: Deployable) -> Driver:
     """The deployable's driver around its torch modules: the model before its export."""
-    runs = {name: TorchRun(graph.module.eval(), graph.outputs) for name, graph in deployable.graphs.items()}
-    return driver_class(deployable.driver.name)(runs, deployable.driver.settings, deployable.assets)
+    return TorchEngine(deployable, {}).driver
 
 
 def quality(task: Task, driver: Driver, settings: Evaluation, batch: int = 16) -> dict[str, float]:
@@ -55,8 +57,18 @@ def block_parameters(model: Model) -> int | None:
     return sum(p.numel() for block in block_stack(model.module).blocks for p in block.parameters())
 
 
+class Candidate(Protocol):
+    """What can be timed: graphs one by one, and the driver around them."""
+
+    target: Mapping[str, Any]
+    graphs: Mapping[str, Run]
+    driver: Driver
+
+    def close(self) -> None: ...
+
+
 class LoadedEngine:
-    """An artifact, loaded: its graphs to be timed one by one, and its driver.
+    """An artifact, loaded.
 
     Args:
         directory: The artifact.
@@ -66,21 +78,38 @@ class LoadedEngine:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.manifest: Manifest = read_manifest(directory)
-        self.graphs = load_graphs(directory, self.manifest)
-        assets: Mapping[str, Array | str] = read_assets(directory, self.manifest)
-        self.driver: Driver = driver_class(self.manifest.driver.name)(
-            self.graphs, self.manifest.driver.settings, assets
-        )
+        manifest = read_manifest(directory)
+        self.target: Mapping[str, Any] = manifest.target
+        self._loaded = load_graphs(directory, manifest)
+        self.graphs: Mapping[str, Run] = self._loaded
+        assets: Mapping[str, Array | str] = read_assets(directory, manifest)
+        self.driver: Driver = driver_class(manifest.driver.name)(self.graphs, manifest.driver.settings, assets)
 
     def close(self) -> None:
         """Free the graphs."""
-        for graph in self.graphs.values():
+        for graph in self._loaded.values():
             graph.close()
 
 
+class TorchEngine:
+    """A model as PyTorch itself runs it: what a target of the runtime "torch" measures.
+
+    Args:
+        deployable: Its graphs and driver.
+        target: The target, resolved.
+    """
+
+    def __init__(self, deployable: Deployable, target: Mapping[str, Any]) -> None:
+        self.target = target
+        self.graphs = {name: TorchRun(graph.module.eval(), graph.outputs) for name, graph in deployable.graphs.items()}
+        self.driver = driver_class(deployable.driver.name)(self.graphs, deployable.driver.settings, deployable.assets)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
 def measure_latency(
-    engines: Mapping[str, LoadedEngine],
+    engines: Mapping[str, Candidate],
     task: Task,
     inputs: Mapping[str, Mapping[str, Array]],
     settings: Benchmark,
@@ -97,10 +126,9 @@ def measure_latency(
         ``{engine: {"latency": {graph: {batch: Latency}}, "end_to_end": {batch: Latency}}}``
     """
     results: dict[str, Any] = {name: {"latency": {}, "end_to_end": {}} for name in engines}
-    for batch in settings.batches:
-        able = {name: engine for name, engine in engines.items() if _takes(engine.manifest, batch)}
-        if not able:
-            continue
+    wanted = {name: _batches(engine.target, settings) for name, engine in engines.items()}
+    for batch in sorted({batch for sizes in wanted.values() for batch in sizes}):
+        able = {name: engine for name, engine in engines.items() if batch in wanted[name]}
         for graph in sorted({graph for engine in able.values() for graph in engine.graphs}):
             batched = {key: value.repeat(batch, axis=0) for key, value in inputs[graph].items()}
             calls = {n: _graph_call(e, graph, batched) for n, e in able.items() if graph in e.graphs}
@@ -115,12 +143,15 @@ def measure_latency(
     return results
 
 
-def _takes(manifest: Manifest, batch: int) -> bool:
-    limits = manifest.target.get("batch") or {}
-    return int(limits.get("min", 1)) <= batch <= int(limits.get("max", batch))
+def _batches(target: Mapping[str, Any], settings: Benchmark) -> list[int]:
+    """The batch sizes to time: the recipe's as far as the target takes them, else the target's own."""
+    limits = target["batch"]
+    if settings.batches is None:
+        return [int(batch) for batch in limits["benchmark"]]
+    return [batch for batch in settings.batches if limits["min"] <= batch <= limits["max"]]
 
 
-def _graph_call(engine: LoadedEngine, graph: str, inputs: Mapping[str, Array]) -> Callable[[], object]:
+def _graph_call(engine: Candidate, graph: str, inputs: Mapping[str, Array]) -> Callable[[], object]:
     run = engine.graphs[graph]
     return lambda: run(inputs)
 
@@ -132,8 +163,8 @@ def _request_call(driver: Driver, request: Mapping[str, Array]) -> Callable[[], 
 def compare_latency(results: Mapping[str, Any], reference: str, student: str, target: str) -> list[Comparison]:
     """Ratios of the reference's latency to the student's, per call and per request; above 1 the student is faster."""
     found = []
-    pairs = [(f"one call of {graph}", graph) for graph in results[student]["latency"]]
-    for what, graph in [*pairs, ("one request", None)]:
+    pairs = [(f"latency of one call of {graph}", graph) for graph in results[student]["latency"]]
+    for what, graph in [("latency", None), *pairs]:
         ours = results[student]["latency"][graph] if graph else results[student]["end_to_end"]
         theirs = results[reference]["latency"].get(graph, {}) if graph else results[reference]["end_to_end"]
         for batch, latency in ours.items():
@@ -141,7 +172,7 @@ def compare_latency(results: Mapping[str, Any], reference: str, student: str, ta
                 between = ratio(_latency(theirs[batch]), _latency(latency))
                 found.append(
                     Comparison(
-                        what=f"latency of {what}",
+                        what=what,
                         a="teacher",
                         b="student",
                         ratio=between.value,

@@ -172,6 +172,7 @@ class _Work:
 
     def __init__(self, recipe: Recipe, folder: RunDirectory, log: Log, distributed: Distributed | None) -> None:
         self.recipe, self.folder, self.log, self._distributed = recipe, folder, log, distributed
+        self.deployables: dict[str, Deployable] = {}
         self._task: Task | None = None
         self._teachers: dict[str, list[Model]] = {}
 
@@ -202,14 +203,18 @@ class _Work:
         models = next(iter(self.teachers.values()), [])
         return models[0] if len(models) == 1 else None
 
-    def load(self, spec: str) -> Model:
-        """A model of the recipe; demos are trained by the main process while the others wait."""
+    def load(self, spec: str, *, student: bool = False) -> Model:
+        """A model of the recipe; demos are trained by the main process while the others wait.
+
+        What a student's spec leaves open (the number of classes), the task's data decide.
+        """
         from compressor.models.demos.catalogue import demo_model
         from compressor.models.spec import load_model_spec, split_spec
 
         kind, argument = split_spec(spec)
         if kind != "demo":
-            return load_model_spec(spec, trust_remote_code=self.recipe.trust_remote_code)
+            defaults = getattr(self.task, "student_defaults", dict)() if student else None
+            return load_model_spec(spec, trust_remote_code=self.recipe.trust_remote_code, defaults=defaults)
         device = str(self.distributed.device)
         self.distributed.on_main(
             lambda: demo_model(argument, budget=min(1.0, self.recipe.budget), log=self.log, device=device) and None
@@ -263,7 +268,9 @@ class _Work:
     def _context(self, method: Method, randomness: Any, student: Model | None, name: str) -> RunContext:
         from compressor.context import RunContext
 
-        makers = {role: (lambda spec=spec: self.load(spec)) for role, spec in self.recipe.students.items()}
+        makers = {
+            role: (lambda spec=spec: self.load(spec, student=True)) for role, spec in self.recipe.students.items()
+        }
         return RunContext(
             self.task, self.teachers, randomness, self.distributed, chained=student, students=makers, name=name
         )
@@ -393,7 +400,7 @@ def _export_all(work: _Work, made: _Made, only: Sequence[str] = ()) -> list[Path
     from compressor.profiles.target import availability
 
     paths = []
-    targets = [target for target in work.recipe.load_targets() if target.has_artifact]
+    targets = work.recipe.load_targets()
     for name, deployable in made.deployables.items():
         paths += [_export(work, deployable, target, _name(made, name, target.name)) for target in targets]
     reference = work.reference
@@ -410,10 +417,14 @@ def _export(work: _Work, deployable: Deployable, target: Target, name: str) -> P
     from compressor.exporters.export import export
     from compressor.exporters.record import record_inputs
 
+    work.deployables[name] = deployable
     directory = work.folder.artifact(name)
     weights = {key: _weights_hash_of(graph.module) for key, graph in deployable.graphs.items()}
     mark = fingerprint(__version__, weights, dict(deployable.driver.settings), target.model_dump(mode="json"))
     with work.folder.stage(f"export {name}", mark) as stage:
+        if not target.has_artifact:
+            stage.facts["torch"] = target.model_dump(mode="json")
+            return None
         if stage.finished and (directory.is_dir() or stage.facts.get("reason")):
             return directory if directory.is_dir() else None
         recorded = record_inputs(deployable, [work.task.request(8)], limit=8)
@@ -471,7 +482,23 @@ def _artifacts(work: _Work, prefix: str) -> list[str]:
     """Names of the exported artifacts directly below a prefix."""
     stages = (name.removeprefix("export ") for name in work.folder.stages if name.startswith("export "))
     found = [name for name in stages if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
-    return [name for name in found if work.folder.artifact(name).is_dir()]
+    return [name for name in found if work.folder.artifact(name).is_dir() or _torch_target(work, name)]
+
+
+def _torch_target(work: _Work, name: str) -> dict[str, Any] | None:
+    """The target of an entry that PyTorch itself runs."""
+    found: dict[str, Any] | None = work.folder.facts(f"export {name}").get("torch")
+    return found
+
+
+def _open_engine(work: _Work, name: str) -> Any:
+    """The engine of an entry, or the reason why it does not run here."""
+    from compressor.measurement import TorchEngine, load_engine
+
+    target = _torch_target(work, name)
+    if target is not None:
+        return TorchEngine(work.deployables[name], target)
+    return load_engine(work.folder.artifact(name))
 
 
 def _batch(work: _Work) -> int:
@@ -514,7 +541,7 @@ def _figures(task: Task, metrics: Mapping[str, float | None]) -> str:
 
 
 def _measure_engine(work: _Work, name: str) -> None:
-    from compressor.measurement import load_engine, quality
+    from compressor.measurement import quality
     from compressor.profiles.latency import timed
     from compressor.profiles.memory import measure_artifact_memory
     from compressor.profiles.size import total_bytes
@@ -525,8 +552,10 @@ def _measure_engine(work: _Work, name: str) -> None:
     with work.folder.stage(f"evaluate {name}", mark) as stage:
         if stage.finished:
             return
-        stage.facts["bytes"] = total_bytes(directory)
-        loaded = timed(lambda: load_engine(directory))
+        torch_target = _torch_target(work, name)
+        if torch_target is None:
+            stage.facts["bytes"] = total_bytes(directory)
+        loaded = timed(lambda: _open_engine(work, name))
         engine: Any = loaded.value
         if isinstance(engine, str):
             stage.facts["reason"] = engine
@@ -541,7 +570,8 @@ def _measure_engine(work: _Work, name: str) -> None:
             stage.facts["png"] = base64.b64encode(pictures(engine.driver, seed=evaluation.seed)).decode()
         engine.close()
         try:
-            stage.facts["peak_memory_mb"] = measure_artifact_memory(directory).peak_mb
+            if torch_target is None:
+                stage.facts["peak_memory_mb"] = measure_artifact_memory(directory).peak_mb
         except TargetError as error:
             work.log.warn(str(error))
         work.log.event("evaluate", f"{name}: {_figures(task, stage.facts['metrics'])}", **stage.facts["metrics"])
@@ -550,15 +580,15 @@ def _measure_engine(work: _Work, name: str) -> None:
 def _benchmark(work: _Work, names: Sequence[str], deployable: Deployable, stage_name: str) -> None:
     """Latency of all engines that run here, in interleaved rounds."""
     from compressor.exporters.record import record_inputs
-    from compressor.measurement import LoadedEngine, load_engine, measure_latency
+    from compressor.measurement import measure_latency
 
     marks = [work.folder.stages[f"export {name}"]["fingerprint"] for name in names]
     mark = fingerprint(list(names), marks, work.recipe.benchmark.model_dump())
     with work.folder.stage(stage_name, mark) as stage:
         if stage.finished:
             return
-        opened = {name: load_engine(work.folder.artifact(name)) for name in names}
-        engines = {name: engine for name, engine in opened.items() if isinstance(engine, LoadedEngine)}
+        opened = {name: _open_engine(work, name) for name in names}
+        engines = {name: engine for name, engine in opened.items() if not isinstance(engine, str)}
         if not engines:
             return
         records = record_inputs(deployable, [work.task.request(1)], limit=1)

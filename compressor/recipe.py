@@ -101,8 +101,8 @@ class Evaluation(_Section):
 class Benchmark(_Section):
     """How latency is measured."""
 
-    batches: list[Annotated[int, Field(ge=1)]] = Field(default_factory=lambda: [1, 8], min_length=1)
-    """Batch sizes."""
+    batches: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
+    """Batch sizes; each target's own ``batch.benchmark`` by default."""
     seconds: float = Field(10.0, gt=0)
     """Time for all candidates of one batch size together."""
     rounds: int = Field(20, ge=3)

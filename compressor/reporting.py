@@ -98,6 +98,16 @@ def _split(name: str) -> tuple[str, str]:
 def _engine(folder: RunDirectory, name: str, facts: Mapping[str, Any], timing: Mapping[str, Any]) -> EngineEntry:
     model, target = _split(name)
     export_facts = folder.stages[f"export {name}"].get("facts", {})
+    measured = {
+        "load_ms": facts.get("load_ms"),
+        "first_ms": facts.get("first_ms"),
+        "latency": timing.get("latency", {}),
+        "end_to_end": timing.get("end_to_end", {}),
+        "metrics": facts.get("metrics"),
+    }
+    if "torch" in export_facts:
+        precision = str(export_facts["torch"]["precision"])
+        return EngineEntry(model=model, target=target, runtime="torch", engine="torch", precision=precision, **measured)
     try:
         manifest = read_manifest(folder.artifact(name), verify=False)
     except ArtifactError as error:
@@ -114,13 +124,9 @@ def _engine(folder: RunDirectory, name: str, facts: Mapping[str, Any], timing: M
         reason=reason,
         bytes=facts.get("bytes"),
         parity=_parity(manifest),
-        load_ms=facts.get("load_ms"),
-        first_ms=facts.get("first_ms"),
         peak_memory_mb=facts.get("peak_memory_mb"),
-        latency=timing.get("latency", {}),
-        end_to_end=timing.get("end_to_end", {}),
-        metrics=facts.get("metrics"),
         notes=list(manifest.notes),
+        **measured,
     )
 
 

@@ -52,8 +52,8 @@ class Batch(_Section):
     """Batch size that the engine is tuned for."""
     max: int = Field(default=16, ge=1)
     """Largest batch size that the engine accepts."""
-    benchmark: tuple[int, ...] = (1, 4, 16)
-    """Batch sizes to measure."""
+    benchmark: tuple[int, ...] = (1, 8)
+    """Batch sizes to measure, unless the recipe names its own."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Batch:

@@ -177,7 +177,8 @@ class ImageGeneration:
             images = np.stack([feed[k]["image"] for k in range(len(feed))])
             self._reference = judge_features(judge, images)
         names = {figure.name for figure in self.figures}
-        return [_Chosen(GeneratedImages(judge, self.info.classes or 1, self._reference), names)]
+        metric = GeneratedImages(judge, self.info.classes or 1, self._reference)
+        return [_Chosen(metric, names, classless=not self.info.classes)]
 
     def request(self, batch: int) -> dict[str, Array]:
         return {"label": np.arange(batch, dtype=np.int64) % (len(self.info.classes) or self._prompt_count())}
@@ -203,13 +204,21 @@ class ImageGeneration:
 
 
 class _Chosen:
-    """A metric of which only some figures mean something here."""
+    """A metric of which only some figures mean something here.
 
-    def __init__(self, metric: GeneratedImages, names: set[str]) -> None:
-        self.metric = metric
+    Args:
+        metric: Computes all.
+        names: Those that are reported.
+        classless: The samples' labels are rows of conditions, not classes: all count as one.
+    """
+
+    def __init__(self, metric: GeneratedImages, names: set[str], *, classless: bool) -> None:
+        self.metric, self.classless = metric, classless
         self.better = {name: way for name, way in metric.better.items() if name in names}
 
     def update(self, feed: str, outputs: Mapping[str, Array], samples: Sequence[Sample]) -> None:
+        if self.classless:
+            samples = [{**sample, "label": 0} for sample in samples]
         self.metric.update(feed, outputs, samples)
 
     def compute(self) -> dict[str, float]:

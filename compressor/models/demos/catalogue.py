@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -23,6 +22,7 @@ import torch
 from filelock import FileLock, Timeout
 from torch import nn
 
+from compressor.cache import cache_directory
 from compressor.context import RunContext
 from compressor.errors import RequestError, nearest
 from compressor.log import Log
@@ -34,7 +34,7 @@ from compressor.training.engine import Engine
 from compressor.training.phase import Phases
 from compressor.training.random import Randomness
 
-__all__ = ["Demo", "cache_directory", "demo", "demo_model", "demo_names", "trained"]
+__all__ = ["Demo", "demo", "demo_model", "demo_names", "trained"]
 
 DEMOS = {
     "digits-mmdit": "compressor.models.demos.diffusion:DigitsMMDiT",
@@ -65,11 +65,6 @@ class Demo(Protocol):
         ...
 
     def phases(self, model: Any, ctx: Context, steps: int) -> Phases: ...
-
-
-def cache_directory() -> Path:
-    """Where demos are kept: ``$COMPRESSOR_CACHE``, else ``~/.cache/compressor``."""
-    return Path(os.environ.get("COMPRESSOR_CACHE") or Path.home() / ".cache" / "compressor")
 
 
 def demo_names() -> list[str]:
