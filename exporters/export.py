@@ -170,17 +170,14 @@ def _engine_parity(
 ) -> Parity:
     options = runtime_options(target.model_dump())
     runtime = open_graph(built.path(directory), built.engine.name, options)
-    judge = _judge(target, built.engine.name)
+    computes = getattr(runtime, "inference_precision", "")  # what OpenVINO found the device able to do
+    judge = f"{built.engine.name} on {target.device}" + (f" in {computes}" if computes else "")
     try:
         tolerance = TOLERANCES[target.precision]
         pairs = zip(references, inputs, strict=True)
         return worst([compare(reference, runtime(record), tolerance, judge) for reference, record in pairs])
     finally:
         runtime.close()
-
-
-def _judge(target: Target, engine: str) -> str:
-    return f"{engine} on {target.device}"
 
 
 def _entry(
