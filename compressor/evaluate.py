@@ -81,10 +81,11 @@ class TorchRun:
             name: value.to(parameter.device, parameter.dtype if value.is_floating_point() else value.dtype)
             for name, value in tensors.items()
         }
-        was_training = self.module.training
+        training = [part for part in self.module.modules() if part.training]  # some may be in eval mode on purpose
         self.module.eval()
         with torch.no_grad():
             result = self.module(**tensors)
-        self.module.train(was_training)
+        for part in training:
+            part.training = True
         values = result if isinstance(result, (tuple, list)) else (result,)
         return {name: value.float().cpu().numpy() for name, value in zip(self.outputs, values, strict=True)}
