@@ -24,8 +24,9 @@ $(BIN)/python:
 demo: venv
 	$(BIN)/compress run --method ppcl --target trt-fp16 --target ort-fp32 --target openvino-fp16
 
+# One thread a process: the tests' networks are small, and threads that wait for each other cost more than they bring.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -295,7 +295,7 @@ class PPCL:
     default_recipe: ClassVar[Mapping[str, Any]] = {
         "teachers": {"teacher": "demo:digits-mmdit"},
         "data": {"train": "digits"},
-        "config": {"ffn": 1, "text_similarity": 0.95},
+        "config": {"ffn": "auto", "text_similarity": 0.95},
     }
     free: ClassVar[frozenset[str]] = frozenset({"keep", "active", "ffn", "text", "text_similarity"})
     """Configuration keys that another student of the same training may change."""
