@@ -37,7 +37,7 @@ from compressor.kernels import (
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KB that one program can have."""
-_KERNELS = {
+KERNELS = {
     kl_divergence_triton: ("whole_rows_kernel", "long_rows_kernel"),
     gradient_scale_triton: ("scale_rows_kernel",),
     feature_matching_triton: ("distance_kernel", "power_sum_kernel", "power_gradient_kernel"),
@@ -133,11 +133,11 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _recording(capability: int) -> Iterator[list[Launch]]:
+def recording(capability: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     family = dispatch.family_of_capability(capability // 10, capability % 10)
     with contextlib.ExitStack() as stack:
-        for module, names in _KERNELS.items():
+        for module, names in KERNELS.items():
             for name in names:
                 stack.enter_context(mock.patch.object(module, name, _Recorder(getattr(module, name), launches)))
             if hasattr(module, "gpu_family"):
@@ -147,7 +147,7 @@ def _recording(capability: int) -> Iterator[list[Launch]]:
 
 def compile_case(case: Case, capability: int) -> list[Report]:
     """Compile all kernels that a case launches, for one compute capability."""
-    with _recording(capability) as launches:
+    with recording(capability) as launches:
         case.run()
     return [_report(case.name, launch, capability) for launch in launches]
 

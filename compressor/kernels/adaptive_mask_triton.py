@@ -72,12 +72,12 @@ def probe_kernel(
         tl.store(maxima_ptr + (row + block) * SAMPLES + sample, of_block)
     tl.debug_barrier()  # what other threads of this program wrote is read now
     for first in range(0, key_blocks, BLOCKS):
-        block = first + tl.arange(0, BLOCKS)
-        within = block < key_blocks
-        at = maxima_ptr + (row + block)[:, None] * SAMPLES + sample[None, :]
-        of_block = tl.load(at, mask=within[:, None], other=-INFINITY)
-        weights = tl.where(exists[None, :], tl.exp2(of_block - maximum[None, :]), 0.0)
-        tl.store(weights_ptr + row + block, tl.max(weights, axis=1), mask=within)
+        blocks = first + tl.arange(0, BLOCKS)
+        within = blocks < key_blocks
+        at = maxima_ptr + (row + blocks)[:, None] * SAMPLES + sample[None, :]
+        of_blocks = tl.load(at, mask=within[:, None], other=-INFINITY)
+        weights = tl.where(exists[None, :], tl.exp2(of_blocks - maximum[None, :]), 0.0)
+        tl.store(weights_ptr + row + blocks, tl.max(weights, axis=1), mask=within)
 
 
 def _largest_weights(q: Tensor, k: Tensor, q_tokens: Tensor, k_tokens: Tensor) -> Tensor:

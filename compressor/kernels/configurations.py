@@ -77,14 +77,14 @@ def row_tiles(family: str, columns: int, rows_are_contiguous: bool, *, crowded: 
         return RowTiles(_POSITIONS[0], _COLUMN_TILE // _POSITIONS[0], 4, False)
     limit = _WHOLE_ROW_LIMIT_CROWDED[family] if crowded else _WHOLE_ROW_LIMIT[family]
     if block <= limit:
-        rows = max(1, min(64, 2048 // block))
+        rows = max(1, min(64, 1024 // block))
         return RowTiles(rows, block, _warps(rows * block), True)
     return RowTiles(1, *_LONG_ROW[family], False)
 
 
 def _warps(entries: int) -> int:
-    """Up to 32 entries of each tensor a thread, at least 4 warps."""
-    return max(4, min(16, next_power_of_two(math.ceil(entries / 1024))))
+    """About 32 entries of each tensor a thread: few instructions an entry, and a short row stays within one warp."""
+    return max(1, min(16, next_power_of_two(math.ceil(entries / 1024))))
 
 
 @dataclass(frozen=True)
