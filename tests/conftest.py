@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -144,3 +144,11 @@ def install_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InstallP
 def toy_methods(install_package: InstallPackage) -> None:
     """The methods ``toy``, ``toy-next`` and ``toy-own`` of an installed package."""
     install_package("toy_methods_package", {"methods": TOY_METHODS}, TOY_ENTRY_POINTS)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Demos and other results that are kept go to a folder of the test session, and to those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COMPRESSOR_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,0 +1,241 @@
+"""What the stages of one run share: the task, the models, the training of the chain."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from compressor import __version__
+from compressor.errors import RequestError
+from compressor.log import Log
+from compressor.recipe import MethodEntry, Recipe
+from compressor.run_directory import RunDirectory, fingerprint
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compressor.context import RunContext
+    from compressor.deployable import Deployable
+    from compressor.method import Method
+    from compressor.models.model import Model
+    from compressor.tasks.task import Task
+    from compressor.training.distributed import Distributed
+
+__all__ = ["Made", "Work", "device_of", "task_of", "weights_hash"]
+
+
+def device_of(name: str) -> str | None:
+    """A recipe's device as `Distributed` takes it."""
+    return None if name == "auto" else name
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The recipe's task over its data."""
+    from compressor.registry import load_task
+
+    return load_task(str(recipe.task))(recipe.data, recipe.task_options)
+
+
+@dataclass
+class Made:
+    """A student, how it is packed, and under which label it stands ("" for the run's own)."""
+
+    student: Model
+    deployables: dict[str, Deployable]
+    label: str = ""
+    history: Mapping[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class Work:
+    """What the stages of one run share; models and task are loaded when they are first asked for."""
+
+    def __init__(self, recipe: Recipe, folder: RunDirectory, log: Log, distributed: Distributed | None) -> None:
+        self.recipe, self.folder, self.log, self._distributed = recipe, folder, log, distributed
+        self.deployables: dict[str, Deployable] = {}
+        self._task: Task | None = None
+        self._teachers: dict[str, list[Model]] = {}
+
+    @property
+    def distributed(self) -> Distributed:
+        if self._distributed is None:
+            raise RuntimeError("this work trains nothing")
+        return self._distributed
+
+    @property
+    def task(self) -> Task:
+        if self._task is None:
+            self._task = task_of(self.recipe)
+        return self._task
+
+    @property
+    def teachers(self) -> dict[str, list[Model]]:
+        if not self._teachers:
+            for role, specs in self.recipe.teachers.items():
+                self._teachers[role] = [self.load(spec) for spec in specs]
+                for model in self._teachers[role]:
+                    self.task.check(model)
+        return self._teachers
+
+    @property
+    def reference(self) -> Model | None:
+        """The model that students are compared with: the only teacher of the first role."""
+        models = next(iter(self.teachers.values()), [])
+        return models[0] if len(models) == 1 else None
+
+    def load(self, spec: str, *, student: bool = False) -> Model:
+        """A model of the recipe; demos are trained by the main process while the others wait.
+
+        What a student's spec leaves open (the number of classes), the task's data decide.
+        """
+        from compressor.models.demos.catalogue import demo_model
+        from compressor.models.spec import load_model_spec, split_spec
+
+        kind, argument = split_spec(spec)
+        if kind != "demo":
+            defaults: dict[str, Any] | None = getattr(self.task, "student_defaults", dict)() if student else None
+            return load_model_spec(spec, trust_remote_code=self.recipe.trust_remote_code, defaults=defaults)
+        device = str(self.distributed.device)
+        self.distributed.on_main(
+            lambda: demo_model(argument, budget=min(1.0, self.recipe.budget), log=self.log, device=device) and None
+        )
+        return demo_model(argument, budget=min(1.0, self.recipe.budget), device=device)
+
+    def train(self, *, replay: bool = False, changes: Mapping[str, object] | None = None) -> Made:
+        """Run the chain of methods, or load what they left.
+
+        Args:
+            replay: Only load; raise where something would have to be trained.
+            changes: Configuration of the last method, for another student of the same training.
+        """
+        from compressor.models.model import save_model
+        from compressor.training.random import Randomness, hash_seed
+
+        student: Model | None = None
+        deployables: dict[str, Deployable] = {}
+        history: dict[str, Any] = {}
+        notes: list[str] = []
+        mark = self._mark()
+        for k, entry in enumerate(self.recipe.methods):
+            last = k == len(self.recipe.methods) - 1
+            method = scaled_entry(entry, self.recipe, changes if last else None).build()
+            seed = hash_seed(self.recipe.seed, k, entry.name)
+            randomness = Randomness(seed, self.distributed.rank, self.distributed.processes)
+            ctx = self._context(method, randomness, student, f"{k}-{entry.name}")
+            engine = self._engine(randomness, mark, replay)
+            if not replay:
+                self.log.event("stage", f"{k}-{entry.name}: training", stage=f"train {k}-{entry.name}")
+            engine.run(method.phases(ctx), prefix=f"{k}-{entry.name}/")
+            student = method.student()
+            student.module.eval()
+            notes += getattr(method, "notes", [])
+            history |= engine.history
+            if last:
+                deployables = method.deployables(ctx)
+            mark = fingerprint(mark, entry.name, entry.config)
+        if student is None:
+            raise RequestError("the recipe names no method")
+        if not replay:
+            self.distributed.on_main(lambda: self._keep(student, mark, save_model))
+        return Made(student, deployables, "", history, notes)
+
+    def _keep(self, student: Model, mark: str, save: Any) -> None:
+        with self.folder.stage("student", mark) as stage:
+            if not stage.finished or not self.folder.student.is_dir():
+                save(student, self.folder.student)
+                self.log.event("stage", f"student saved in {self.folder.student}", stage="student")
+
+    def _context(self, method: Method, randomness: Any, student: Model | None, name: str) -> RunContext:
+        from compressor.context import RunContext
+
+        makers = {
+            role: (lambda spec=spec: self.load(spec, student=True)) for role, spec in self.recipe.students.items()
+        }
+        return RunContext(
+            self.task, self.teachers, randomness, self.distributed, chained=student, students=makers, name=name
+        )
+
+    def _engine(self, randomness: Any, mark: str, replay: bool) -> Any:
+        from compressor.training.engine import Engine
+
+        return Engine(
+            self.folder.checkpoints,
+            distributed=self.distributed,
+            randomness=randomness,
+            fingerprint=mark,
+            log=self._train_event,
+            checkpoint_seconds=self.recipe.checkpoint_seconds,
+            progress=not self.log.quiet and sys.stderr.isatty(),
+            replay=replay,
+        )
+
+    def _train_event(self, event: Mapping[str, Any]) -> None:
+        facts = dict(event)
+        kind, phase = facts.pop("event"), facts.pop("phase")
+        said = ""
+        if kind == "phase-end":
+            losses = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in facts.items() if "loss/" in name]
+            said = f"{phase}: done in {facts.get('seconds', 0):.0f} s" + (f" ({', '.join(losses)})" if losses else "")
+        elif kind in ("phase-stale", "skipped"):
+            said = f"{phase}: {facts.get('reason') or facts.get('cause')}"
+        self.log.event(kind, said, phase=phase, **{key: value for key, value in facts.items() if key != "kind"})
+
+    def _mark(self) -> str:
+        """The fingerprint of everything before the first method."""
+        recipe = self.recipe
+        data = {role: self.task.dataset(role).info.fingerprint for role in recipe.data}
+        teachers = {role: [weights_hash(model.module) for model in models] for role, models in self.teachers.items()}
+        return fingerprint(
+            __version__, recipe.seed, recipe.task, recipe.task_options, data, teachers, recipe.students,
+            self.distributed.processes,
+        )  # fmt: skip
+
+    def judged(self) -> Task:
+        """The task, ready to measure."""
+        task: Any = self.task
+        if getattr(task, "judge", "none") is None:
+            from compressor.models.demos.judges import judge_of
+
+            task.judge = judge_of(task, budget=min(1.0, self.recipe.budget), log=self.log)
+        return self.task
+
+
+def weights_hash(module: nn.Module) -> str:
+    """A hash of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def scaled_entry(entry: MethodEntry, recipe: Recipe, changes: Mapping[str, object] | None) -> MethodEntry:
+    """The method's configuration with its steps scaled by the budget."""
+
+    def scale(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: max(1, round(inner * recipe.budget)) if key == "steps" and inner else scale(inner)
+            for key, inner in value.items()
+        }
+
+    config = {**entry.config, **(changes or {})}
+    if recipe.steps is not None:
+        config = _with_steps(config, recipe.steps, entry.name)
+    return MethodEntry(name=entry.name, config=scale(config))
+
+
+def _with_steps(config: dict[str, Any], steps: int, name: str) -> dict[str, Any]:
+    """Put ``--steps`` where the method's only number of steps stands."""
+    places = [
+        key for key, value in config.items() if key == "steps" or (isinstance(value, Mapping) and value.get("steps"))
+    ]
+    if len(places) != 1:
+        phases = ", ".join(f"{name}.{place}.steps" for place in places) or "no phase"
+        raise RequestError(f"--steps suits methods of one training phase; {name} has {phases}: use --set or --budget")
+    place = places[0]
+    return {**config, place: steps if place == "steps" else {**config[place], "steps": steps}}
