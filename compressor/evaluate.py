@@ -41,9 +41,7 @@ class Metric(Protocol):
     def compute(self) -> dict[str, float]: ...
 
 
-def evaluate(
-    driver: Driver, feeds: Mapping[str, Feed], metrics: Sequence[Metric], seed: int = 0
-) -> dict[str, float]:
+def evaluate(driver: Driver, feeds: Mapping[str, Feed], metrics: Sequence[Metric], seed: int = 0) -> dict[str, float]:
     """Run every feed through the driver and compute the metrics.
 
     Batch k of a feed is driven with ``seed + k``, so every engine sees the same noise.

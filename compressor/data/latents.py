@@ -50,8 +50,10 @@ def latents(directory: Path, split: str = "train") -> ArrayDataset:
     tables = {name: train[name] for name in CONDITION_FIELDS if name in train}
     rows = {len(table) for table in tables.values()}
     if len(rows) > 1 or (rows and fields["label"].max(initial=0) >= min(rows)):
-        raise RequestError(f"{directory}: the condition tables have {sorted(rows)} rows and labels up to "
-                           f"{fields['label'].max()}; every label needs a row in each")
+        raise RequestError(
+            f"{directory}: the condition tables have {sorted(rows)} rows and labels up to "
+            f"{fields['label'].max()}; every label needs a row in each"
+        )
     key = hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in (*fields.values(), *tables.values())))
     extra = {"conditions": tables, "null_row": int(facts["null_row"]) if "null_row" in facts else None}
     info = DataInfo(f"{directory.name}/{split}", key.hexdigest()[:16], (), fields["image"].shape[1:], None, extra)

@@ -1,7 +1,7 @@
 """Data specs: a kind and its argument; other packages add kinds through the entry-point group ``compressor.data``.
 
-    digits[:SIZE]          scenes[:SIZE][?channels=3]     imagefolder:DIR[?size=..,skip_bad=true]
-    torchvision:NAME:ROOT  hf:DIR                         latents:DIR          python:module:factory
+digits[:SIZE]          scenes[:SIZE][?channels=3]     imagefolder:DIR[?size=..,skip_bad=true]
+torchvision:NAME:ROOT  hf:DIR                         latents:DIR          python:module:factory
 """
 
 from __future__ import annotations

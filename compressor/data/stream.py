@@ -60,7 +60,7 @@ class Stream:
     view: View = stack
     seed: int = 0
     shard: tuple[int, int] = (0, 1)
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     period: int | None = None
 
     def __post_init__(self) -> None:
