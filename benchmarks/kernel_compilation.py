@@ -134,6 +134,7 @@ class _Recorder:
 
 @contextlib.contextmanager
 def recording(capability: int) -> Iterator[list[Launch]]:
+    """Note what is launched, as a GPU of that compute capability would be launched."""
     launches: list[Launch] = []
     family = dispatch.family_of_capability(capability // 10, capability % 10)
     with contextlib.ExitStack() as stack:
