@@ -33,10 +33,25 @@ def device_of(name: str) -> str | None:
 
 
 def task_of(recipe: Recipe) -> Task:
-    """The recipe's task over its data."""
+    """The recipe's task over its data, with the judge that the recipe names, if any.
+
+    Raises:
+        RequestError: The task, its options, its data or the judge are wrong.
+    """
+    from compressor.data.sources import import_object
     from compressor.registry import load_task
 
-    return load_task(str(recipe.task))(recipe.data, recipe.task_options)
+    task: Any = load_task(str(recipe.task))(recipe.data, recipe.task_options)
+    if recipe.judge is not None:
+        kind, _, argument = recipe.judge.partition(":")
+        if kind != "python" or not hasattr(task, "judge"):
+            raise RequestError(
+                f"judge {recipe.judge!r}: give python:module:factory, a function that returns a Run, and a task that "
+                "is judged by a network (image-generation)"
+            )
+        task.judge = import_object(argument, "a judge")()
+    made: Task = task
+    return made
 
 
 @dataclass

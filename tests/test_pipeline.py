@@ -116,3 +116,9 @@ def test_latents_of_ones_own_train_and_measure_without_classes(tmp_path: Path) -
     }
     report = run(Recipe.parse({**values, "targets": ["ort-fp32"]}).resolve(), tmp_path / "run")
     assert set(report["models"][0]["metrics"]) == {"frechet_distance", "diversity", "pixel_std"}
+
+
+def test_judge_that_cannot_be_had_is_refused_before_work(tmp_path: Path) -> None:
+    made = recipe(save_tiny(tmp_path / "teacher"), intervals=[[1, 2]]).model_copy(update={"judge": "demo:other"})
+    with pytest.raises(RequestError, match=r"judge 'demo:other': give python:module:factory"):
+        pipeline.plan(made)
