@@ -21,9 +21,10 @@ from tests.small_runs import recipe, run, save_tiny, student_bytes
 
 def test_finished_stages_are_not_repeated(tmp_path: Path) -> None:
     made = recipe(save_tiny(tmp_path / "teacher"), intervals=[[1, 2]], keep=0.9)
-    run(made, tmp_path / "run")
+    first = run(made, tmp_path / "run")
     stages = json.loads((tmp_path / "run/run.json").read_text())["stages"]
-    run(made, tmp_path / "run")
+    second = run(made, tmp_path / "run")
+    assert first["task"] == second["task"] and first["models"] == second["models"]
     again = json.loads((tmp_path / "run/run.json").read_text())["stages"]
     done = {name: stage.get("finished") for name, stage in stages.items() if name != "notes"}
     assert done and all(again[name].get("finished") == when for name, when in done.items())

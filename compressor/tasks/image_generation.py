@@ -78,18 +78,23 @@ class ImageGeneration:
         return self.dataset().info
 
     @property
-    def figures(self) -> tuple[Figure, ...]:
-        distance = Figure("frechet_distance", "Fréchet distance", "lower", headline=True)
-        spread = (Figure("diversity", "Diversity within a class", "higher"), Figure("pixel_std", "Pixel std", "higher"))
-        if self.judge is None:
-            return (distance, *spread)
+    def all_figures(self) -> tuple[Figure, ...]:
+        """Every figure that the task knows, with a judge or without."""
         return (
             Figure("accuracy", "Class accuracy", "higher", headline=True),
-            distance,
+            Figure("frechet_distance", "Fréchet distance", "lower", headline=True),
             Figure("precision_min", "Precision of the worst class", "higher"),
             Figure("recall_min", "Recall of the worst class", "higher"),
-            *spread,
+            Figure("diversity", "Diversity within a class", "higher"),
+            Figure("pixel_std", "Pixel std", "higher"),
         )
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        if self.judge is not None:
+            return self.all_figures
+        judged = ("accuracy", "precision_min", "recall_min")
+        return tuple(figure for figure in self.all_figures if figure.name not in judged)
 
     def to_model(self, images: Array) -> Array:
         """Samples as the model sees them: pixels in [-1, 1], latents as they are."""
