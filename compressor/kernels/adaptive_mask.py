@@ -11,12 +11,20 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from compressor.errors import RequestError
 from compressor.kernels.dispatch import use_triton
-from compressor.kernels.sparse_attention import block_sparse_attention
+from compressor.kernels.sparse_attention import block_sparse_attention, dense_mask
 
-__all__ = ["asa_attention", "block_importance", "energy_block_mask", "evenly_spaced_offsets", "random_offsets"]
+__all__ = [
+    "asa_attention",
+    "block_importance",
+    "dense_asa_attention",
+    "energy_block_mask",
+    "evenly_spaced_offsets",
+    "random_offsets",
+]
 
 _SCORES_AT_ONCE = 2**24
 
@@ -164,12 +172,19 @@ def energy_block_mask(
 
 
 def asa_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: Tensor, block_size: int = 128, pool_size: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    block_size: int = 128,
+    pool_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention over the kept blocks and, where wanted, over pooled keys and values beside them.
 
     With a pool size this is one softmax over the kept keys and the pooled ones, whose logits are raised by
-    ``ln(pool_size)``. Gradients flow through both branches and through their weights.
+    ``ln(pool_size)``. Gradients flow through both branches and through their weights. While a graph is exported, it is
+    computed as that one softmax: dense attention with a mask, which every engine has.
 
     Args:
         q: ``(B, H, N, D)`` float.
@@ -178,28 +193,79 @@ def asa_attention(
         block_mask: ``(B or 1, H or 1, n, n)`` bool.
         block_size: Tokens of a block.
         pool_size: Consecutive tokens of a pooled key, or None for the kept blocks alone.
+        key_padding_mask: ``(B, N)`` bool, true at padding; pooled keys that hold any are left out.
 
     Returns:
         ``(B, H, N, D)`` in the dtype of q.
     """
+    if torch.compiler.is_exporting():
+        return dense_asa_attention(q, k, v, block_mask, block_size, pool_size, key_padding_mask)
     if pool_size is None:
-        return block_sparse_attention(q, k, v, block_mask, block_size=block_size)
-    kept, kept_lse = block_sparse_attention(q, k, v, block_mask, block_size=block_size, return_lse=True)
+        return block_sparse_attention(q, k, v, block_mask, block_size=block_size, key_padding_mask=key_padding_mask)
+    kept, kept_lse = block_sparse_attention(
+        q, k, v, block_mask, block_size=block_size, key_padding_mask=key_padding_mask, return_lse=True
+    )
     pooled_k, pooled_v = _pooled(k, pool_size), _pooled(v, pool_size)
     # Dense attention with its log-sum-exp: the same kernel with every block kept.
-    everything = torch.ones(
-        1, 1, block_mask.shape[-2], -(-pooled_k.shape[2] // block_size), dtype=torch.bool, device=q.device
-    )
+    blocks = -(-pooled_k.shape[2] // block_size)
+    everything = torch.ones(1, 1, block_mask.shape[-2], blocks, dtype=torch.bool, device=q.device)
     pooled, pooled_lse = block_sparse_attention(
-        q, pooled_k, pooled_v, everything, block_size=block_size, return_lse=True
+        q,
+        pooled_k,
+        pooled_v,
+        everything,
+        block_size=block_size,
+        key_padding_mask=_pooled_padding(key_padding_mask, pool_size),
+        return_lse=True,
     )
-    share = torch.sigmoid(kept_lse - (pooled_lse + math.log(pool_size)))[..., None]
+    difference = kept_lse - (pooled_lse + math.log(pool_size))
+    # A query that sees nothing in either branch has no share to give; its outputs are 0.
+    share = torch.sigmoid(torch.where(difference.isnan(), torch.zeros_like(difference), difference))[..., None]
     return (share * kept + (1 - share) * pooled).to(q.dtype)
 
 
-def _pooled(x: Tensor, size: int) -> Tensor:
-    """Mean of windows of consecutive tokens; the last window is filled by repeating the last token."""
-    missing = -x.shape[2] % size
+def dense_asa_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_mask: Tensor,
+    block_size: int = 128,
+    pool_size: int | None = None,
+    key_padding_mask: Tensor | None = None,
+) -> Tensor:
+    """`asa_attention` by one dense attention with a mask; memory is B H N N. Queries must see a key."""
+    length = k.shape[2]
+    seen = dense_mask(block_mask, q.shape[2], length, block_size, key_padding_mask=key_padding_mask)
+    if pool_size is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    pooled_k, pooled_v = _pooled(k, pool_size), _pooled(v, pool_size)
+    bias = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -math.inf)
+    pooled_bias = torch.full((*bias.shape[:-1], pooled_k.shape[2]), math.log(pool_size), dtype=q.dtype, device=q.device)
+    padding = _pooled_padding(key_padding_mask, pool_size)
+    if padding is not None:
+        pooled_bias = pooled_bias.masked_fill(padding[:, None, None, :], -math.inf)
+    return F.scaled_dot_product_attention(
+        q,
+        torch.cat([k, pooled_k], dim=2),
+        torch.cat([v, pooled_v], dim=2),
+        attn_mask=torch.cat([bias, pooled_bias], dim=-1),
+    )
+
+
+def _filled(x: Tensor, size: int, dim: int) -> Tensor:
+    """Windows of ``size`` along an axis, in an axis after it; the last one is filled by repeating the last entry."""
+    missing = -x.shape[dim] % size
     if missing:
-        x = torch.cat([x, x[:, :, -1:].expand(-1, -1, missing, -1)], dim=2)
-    return x.unflatten(2, (-1, size)).mean(dim=3)
+        shape = list(x.shape)
+        shape[dim] = missing
+        x = torch.cat([x, x.narrow(dim, x.shape[dim] - 1, 1).expand(shape)], dim=dim)
+    return x.unflatten(dim, (-1, size))
+
+
+def _pooled(x: Tensor, size: int) -> Tensor:
+    """Mean of windows of consecutive tokens."""
+    return _filled(x, size, 2).mean(dim=3)
+
+
+def _pooled_padding(key_padding_mask: Tensor | None, size: int) -> Tensor | None:
+    return None if key_padding_mask is None else _filled(key_padding_mask, size, 1).any(dim=2)

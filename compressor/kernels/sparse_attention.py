@@ -193,8 +193,10 @@ def dense_mask(
     """
     if causal:
         block_mask = causal_blocks(block_mask)
-    seen = block_mask.repeat_interleave(block_size, dim=2)[:, :, :query_length]
-    seen = seen.repeat_interleave(block_size, dim=3)[..., :key_length]
+    # Views and one copy: repeat_interleave does not export everywhere.
+    batch, heads, rows, columns = block_mask.shape
+    spread = block_mask[:, :, :, None, :, None].expand(batch, heads, rows, block_size, columns, block_size)
+    seen = spread.reshape(batch, heads, rows * block_size, columns * block_size)[..., :query_length, :key_length]
     if causal:
         seen = seen & torch.ones(query_length, key_length, dtype=torch.bool, device=seen.device).tril()
     return seen if key_padding_mask is None else seen & ~key_padding_mask[:, None, None, :]

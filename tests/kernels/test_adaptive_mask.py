@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 
 from compressor.errors import RequestError
 from compressor.kernels import (
@@ -121,6 +125,38 @@ def test_asa_equals_one_softmax_over_kept_and_pooled_keys(implementation, device
     gradients = torch.autograd.grad((output * upstream).sum(), (q, k, v))
     for got, wanted in zip(gradients, torch.autograd.grad((expected * upstream).sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool_size", [None, 4])
+def test_dense_form_for_exports_equals_the_sparse_one(device, pool_size):
+    q, k, v = (draw(2, 2, 50, 16, seed=seed, device=device) for seed in range(3))
+    mask = torch.rand(2, 2, 4, 4, generator=torch.Generator().manual_seed(3)).to(device) > 0.5
+    mask[..., 0] = True
+    padding = torch.arange(50, device=device).expand(2, 50) > 40
+    arguments = (q, k, v, mask, 16, pool_size, padding)
+    torch.testing.assert_close(
+        adaptive_mask.dense_asa_attention(*arguments), asa_attention(*arguments), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_whole_attention_compiles_into_one_graph_that_calls_the_kernels(implementation, device):
+    q, k, v = (draw(1, 2, 64, 16, seed=seed, device=device).requires_grad_() for seed in range(3))
+    offsets = evenly_spaced_offsets(16, 4).to(device).expand(1, 2, 4)
+    called = set()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        mask = energy_block_mask(block_importance(q, k, offsets, offsets, 16), 0.9, 0.3, 0.6)
+        return asa_attention(q, k, v, mask, block_size=16, pool_size=4)
+
+    def note(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        called.update(str(node.target) for part in graph.modules() for node in part.graph.nodes)
+        return make_boxed_func(graph.forward)
+
+    compiled = torch.compile(attend, backend=aot_autograd(fw_compiler=note), fullgraph=True)(q, k, v)
+    torch.testing.assert_close(compiled, attend(q, k, v), rtol=1e-4, atol=1e-5)
+    compiled.sum().backward()
+    kernels = {name for name in called if name.startswith("compressor.")}
+    assert bool(kernels) == (implementation == "triton")
 
 
 @pytest.mark.skipif(not (GOLDEN / "blade.json").exists(), reason="the numbers of the authors' code are not here")
