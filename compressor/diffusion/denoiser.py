@@ -46,6 +46,43 @@ class Denoiser(nn.Module):
         """The prediction (B, C, H, W) without a variance."""
         return self(noised, level, condition)[:, : self.channels]
 
+    def guided(
+        self,
+        noised: Tensor,
+        level: Tensor,
+        condition: Mapping[str, Tensor],
+        empty: Mapping[str, Tensor] | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """The prediction under classifier-free guidance: ``u + scale (c - u)``, ``u`` that of the empty condition.
+
+        Without an empty condition, or with a scale of at most 1, it is the conditional prediction.
+        """
+        prediction = self.predict(noised, level, condition)
+        if empty is None or scale <= 1:
+            return prediction
+        base = self.predict(noised, level, empty)
+        return base + scale * (prediction - base)
+
+    def clean(
+        self,
+        noised: Tensor,
+        level: Tensor,
+        condition: Mapping[str, Tensor],
+        empty: Mapping[str, Tensor] | None = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """The estimate of the clean sample (B, C, H, W) that the guided prediction implies."""
+        return self.schedule.clean(noised, self.guided(noised, level, condition, empty, scale), level)
+
+    def bottleneck(self, noised: Tensor, level: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """Image tokens after the first half of the blocks, as a map (B, d, H / p, W / p); the rest is not run."""
+        stack = self.stack
+        state = stack.begin(noised, self.schedule.timestep(level), condition)
+        for block in stack.blocks[: max(len(stack.blocks) // 2, 1)]:
+            state = stack.run(block, state)
+        return stack.token_map(state)
+
     def target(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """What `predict` should give."""
         return self.schedule.target(clean, noise, level)

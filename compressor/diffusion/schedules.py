@@ -7,6 +7,7 @@ Two families, one interface. `FlowSchedule` (rectified flow: FLUX, SD3, Qwen-Ima
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -30,8 +31,21 @@ class Schedule(Protocol):
         """What the network predicts."""
         ...
 
+    @property
+    def levels(self) -> int:
+        """Number of training levels."""
+        ...
+
     def level(self, uniform: Tensor) -> Tensor:
         """Map uniform numbers in [0, 1) to training levels."""
+        ...
+
+    def sampling_level(self, place: Tensor) -> Tensor:
+        """The level that a sampler uses for the training levels numbered 0 (nearly clean) to ``levels - 1``."""
+        ...
+
+    def factors(self, level: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        """Amplitudes of the clean sample and of the noise, shaped so that they broadcast over the sample."""
         ...
 
     def timestep(self, level: Tensor) -> Tensor:
@@ -52,6 +66,10 @@ class Schedule(Protocol):
 
     def sampler(self, steps: int) -> tuple[dict[str, Any], dict[str, Array]]:
         """Settings and assets of the numpy sampler for a number of steps."""
+        ...
+
+    def few_step_sampler(self, places: Sequence[int]) -> tuple[dict[str, Any], dict[str, Array]]:
+        """The same for a few-step student that is called at these training levels, the noisiest first."""
         ...
 
 
@@ -78,12 +96,22 @@ class FlowSchedule:
     def level(self, uniform: Tensor) -> Tensor:
         return (torch.floor(uniform * self.levels) + 1) / self.levels
 
+    def sampling_level(self, place: Tensor) -> Tensor:
+        return self._shifted((place.double() + 1) / self.levels).float()
+
+    def _shifted(self, level: Any) -> Any:
+        return self.shift * level / (1 + (self.shift - 1) * level)
+
     def timestep(self, level: Tensor) -> Tensor:
         return level * self.timestep_scale
 
+    def factors(self, level: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+        s = _like(level, sample)
+        return 1 - s, s
+
     def add_noise(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        s = _like(level, clean)
-        return (1 - s) * clean + s * noise
+        signal, sigma = self.factors(level, clean)
+        return signal * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         return noise - clean
@@ -92,10 +120,14 @@ class FlowSchedule:
         return noised - _like(level, noised) * prediction
 
     def sampler(self, steps: int) -> tuple[dict[str, Any], dict[str, Array]]:
-        levels = np.linspace(1.0, 0.0, steps + 1)
-        levels = self.shift * levels / (1 + (self.shift - 1) * levels)
+        levels = self._shifted(np.linspace(1.0, 0.0, steps + 1))
         assets = {"levels": levels, "timesteps": levels[:-1] * self.timestep_scale}
         return {"rule": "euler"}, assets
+
+    def few_step_sampler(self, places: Sequence[int]) -> tuple[dict[str, Any], dict[str, Array]]:
+        levels = self._shifted((np.asarray(places, np.float64) + 1) / self.levels)
+        assets = {"levels": np.append(levels, 0.0), "timesteps": levels * self.timestep_scale}
+        return {"rule": "renoise", "prediction_type": self.prediction_type}, assets
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,22 +142,29 @@ class DiscreteSchedule:
     alphas_cumprod: Tensor
     prediction_type: PredictionType = "epsilon"
 
+    @property
+    def levels(self) -> int:
+        return len(self.alphas_cumprod)
+
     def level(self, uniform: Tensor) -> Tensor:
-        return torch.floor(uniform * len(self.alphas_cumprod)).long()
+        return torch.floor(uniform * self.levels).long()
+
+    def sampling_level(self, place: Tensor) -> Tensor:
+        return place.long()
 
     def timestep(self, level: Tensor) -> Tensor:
         return level
 
-    def _factors(self, level: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
+    def factors(self, level: Tensor, sample: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.alphas_cumprod.to(level.device)[level]
         return _like(kept.sqrt(), sample).to(sample.dtype), _like((1 - kept).sqrt(), sample).to(sample.dtype)
 
     def add_noise(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        signal, sigma = self._factors(level, clean)
+        signal, sigma = self.factors(level, clean)
         return signal * clean + sigma * noise
 
     def target(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
-        signal, sigma = self._factors(level, clean)
+        signal, sigma = self.factors(level, clean)
         if self.prediction_type == "epsilon":
             return noise
         return clean if self.prediction_type == "sample" else signal * noise - sigma * clean
@@ -133,7 +172,7 @@ class DiscreteSchedule:
     def clean(self, noised: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         # float64: sqrt(ab) is small at the noisy end, and the division magnifies what float32 lost
         wide, guess = noised.double(), prediction.double()
-        signal, sigma = self._factors(level, wide)
+        signal, sigma = self.factors(level, wide)
         if self.prediction_type == "epsilon":
             clean = (wide - sigma * guess) / signal
         else:
@@ -141,12 +180,17 @@ class DiscreteSchedule:
         return clean.to(noised.dtype)
 
     def sampler(self, steps: int) -> tuple[dict[str, Any], dict[str, Array]]:
-        last = len(self.alphas_cumprod) - 1
         # "trailing" spacing: the first step is the noisiest level, so that one step already starts from noise
-        timesteps = np.round(np.linspace(last, 0, steps, endpoint=False)).astype(np.int64)
+        timesteps = np.round(np.linspace(self.levels - 1, 0, steps, endpoint=False)).astype(np.int64)
+        return {"rule": "ddim", "prediction_type": self.prediction_type}, self._assets(timesteps)
+
+    def few_step_sampler(self, places: Sequence[int]) -> tuple[dict[str, Any], dict[str, Array]]:
+        assets = self._assets(np.asarray(places, np.int64))
+        return {"rule": "renoise", "prediction_type": self.prediction_type}, assets
+
+    def _assets(self, timesteps: Array) -> dict[str, Array]:
         kept = self.alphas_cumprod.cpu().numpy()
-        assets = {"timesteps": timesteps, "signal": np.append(kept[timesteps], 1.0)}
-        return {"rule": "ddim", "prediction_type": self.prediction_type}, assets
+        return {"timesteps": timesteps, "signal": np.append(kept[timesteps], 1.0)}
 
 
 def schedule_from_config(config: dict[str, Any] | None, *, architecture: str) -> Schedule:

@@ -149,12 +149,17 @@ class ImageGeneration:
         inputs |= table(rows)
         inputs = {name: value.to(device) for name, value in inputs.items()}
         graph = Graph(DenoiserGraph(model.module), inputs, ("prediction",), {name: {0: "batch"} for name in inputs})
-        rule, schedule = denoiser.schedule.sampler(self.options.num_inference_steps)
+        # a few-step student brings its own steps and is called without guidance, whatever the options say
+        own = model.info.extra.get("student_timesteps")
+        if own:
+            rule, schedule = denoiser.schedule.few_step_sampler(own)
+        else:
+            rule, schedule = denoiser.schedule.sampler(self.options.num_inference_steps)
         settings = {
             **rule,
             "prediction_type": denoiser.schedule.prediction_type,
             "shape": list(shape),
-            "guidance_scale": self.options.guidance_scale,
+            "guidance_scale": 1.0 if own else self.options.guidance_scale,
             "null_row": table.null_row,
             "clip": None if self.info.value_range is None else 1.0,
         }

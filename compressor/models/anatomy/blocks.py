@@ -6,6 +6,7 @@ the library's. Blocks of our own (`OwnBlock`) may stand among the library's: the
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -126,6 +127,12 @@ class BlockStack(ABC):
             result: State = block(state)
             return result
         return self.call(block, state)
+
+    def token_map(self, state: State) -> Tensor:
+        """The image tokens where their patches lie: (B, N, d) to (B, d, H / p, W / p)."""
+        height, width = state.size
+        patch = math.isqrt(height * width // state.image.shape[1])
+        return state.image.transpose(1, 2).unflatten(2, (height // patch, width // patch))
 
     def forward(self, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """Walk the whole stack."""

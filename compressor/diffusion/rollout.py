@@ -1,0 +1,70 @@
+"""Roll-outs of few-step generators: the inputs that they meet at inference, and noised copies of what they make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from compressor.diffusion.denoiser import Denoiser
+from compressor.diffusion.schedules import Schedule
+
+__all__ = ["backward_simulation", "level_between", "renoise"]
+
+
+@torch.no_grad()
+def backward_simulation(
+    generator: Denoiser,
+    levels: Tensor,
+    stop: int,
+    condition: Mapping[str, Tensor],
+    noise: Callable[[int], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """What a few-step generator gets at its call ``stop``: made by itself, as at inference (DMD2, section 4.5).
+
+    Every call estimates the clean sample, which is noised again to the next level with noise of its own. The first
+    input is pure noise, whatever signal the schedule leaves at the noisiest level.
+
+    Args:
+        generator: Called ``stop`` times, without gradients.
+        levels: ``(N,)``, the levels of its calls, the noisiest first.
+        stop: From 0 to N - 1.
+        condition: Condition fields (B, ...).
+        noise: Standard normal noise (B, C, H, W) by number; 0 is the first input.
+
+    Returns:
+        ``(noised (B, C, H, W), level (B,))``.
+    """
+    noised = noise(0)
+    size = len(noised)
+    for call in range(stop):
+        clean = generator.clean(noised, levels[call].expand(size), condition)
+        noised = generator.schedule.add_noise(clean, noise(call + 1), levels[call + 1].expand(size))
+    return noised, levels[stop].expand(size)
+
+
+def level_between(schedule: Schedule, uniform: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Training levels drawn uniformly from a part of them, both ends included.
+
+    Args:
+        schedule: Has T levels.
+        uniform: (B,) numbers in [0, 1).
+        low: Share of the levels, from the clean end, below which none is drawn.
+        high: The share above which none is drawn: 0.02 and 0.98 give the timesteps 20 to 980 of 1000.
+
+    Returns:
+        ``(B,)``.
+    """
+    count = schedule.levels
+    first, last = round(low * count), min(round(high * count), count - 1)
+    place = first + torch.floor(uniform * (last - first + 1))
+    return schedule.level((place + 0.5) / count)
+
+
+def renoise(
+    schedule: Schedule, clean: Tensor, noise: Tensor, uniform: Tensor, low: float = 0.0, high: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Noise samples at levels drawn by `level_between`: ``(noised, level)``; gradients flow to ``clean``."""
+    level = level_between(schedule, uniform, low, high)
+    return schedule.add_noise(clean, noise, level), level
