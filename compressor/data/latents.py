@@ -6,7 +6,8 @@ A directory with ``train.safetensors`` and, optionally, ``val.safetensors`` and 
 - ``latents`` (N, C, H, W) float: the data, scaled as the model expects them;
 - ``label`` (N,) integer, optional: the row of the condition tables (default: sample i has row i);
 - condition tables (K, ...): ``encoder_hidden_states`` (K, T, D), ``pooled_projections`` (K, P),
-  ``encoder_attention_mask`` (K, T), ``class_labels`` (K,); they may stand in ``train.safetensors`` alone.
+  ``encoder_attention_mask`` (K, T), ``class_labels`` (K,), ``time_ids`` (K, 6) of SDXL; they may stand in
+  ``train.safetensors`` alone.
 
 The file's metadata may name ``null_row``: the row of the empty prompt, for guidance.
 """
@@ -25,7 +26,7 @@ from compressor.errors import RequestError
 
 __all__ = ["CONDITION_FIELDS", "latents"]
 
-CONDITION_FIELDS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "class_labels")
+CONDITION_FIELDS = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections", "class_labels", "time_ids")
 
 
 def latents(directory: Path, split: str = "train") -> ArrayDataset:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.data.dataset import DataInfo
 from compressor.errors import RequestError
-from compressor.models.anatomy.blocks import BlockStack
+from compressor.models.anatomy.diffusion_nets import DiffusionNet
 from compressor.runtimes.runtime import Array
 
 __all__ = ["ConditionTable", "condition_table"]
@@ -28,6 +28,11 @@ class ConditionTable:
     fields: Mapping[str, Array]
     null_row: int | None
 
+    @property
+    def rows(self) -> int:
+        """Number of rows; 1 of a model without conditions."""
+        return min((len(table) for table in self.fields.values()), default=1)
+
     def __call__(self, rows: Tensor) -> dict[str, Tensor]:
         """The conditions of a batch of rows (B,)."""
         index = rows.cpu().numpy()
@@ -38,46 +43,57 @@ class ConditionTable:
         return {f"condition.{name}": table for name, table in self.fields.items()}
 
 
-def condition_table(stack: BlockStack, info: DataInfo, *, text_tokens: int = 2, seed: int = 0) -> ConditionTable:
+def condition_table(net: DiffusionNet, info: DataInfo, *, text_tokens: int = 2, seed: int = 0) -> ConditionTable:
     """The table for a model and a data set.
 
     Latents bring their own tables. For a labelled set, a class-conditional model gets the class numbers, a
-    text-conditional one a fixed random vector a class and token (unit variance), and zeros for the empty prompt.
+    text-conditional one a fixed random vector a class and token (unit variance), and zeros for the empty prompt. The
+    last class number that a model knows beyond the set's is its empty condition.
 
     Raises:
         RequestError: The data and the model do not fit.
     """
-    wanted = stack.condition_fields()
+    wanted = net.condition_fields()
     own = info.extra.get("conditions")
     if own:
-        return ConditionTable(_check_own(own, stack, info), info.extra.get("null_row"))
+        return ConditionTable(_check_own(own, net, info), info.extra.get("null_row"))
     if not info.classes:
-        raise RequestError(f"the set {info.name!r} has neither classes nor condition tables for {stack.library_class}")
+        raise RequestError(f"the set {info.name!r} has neither classes nor condition tables for {net.library_class}")
     count = len(info.classes)
     rng = np.random.default_rng(seed)
     fields: dict[str, Array] = {}
+    guidable = True
     for name, field in wanted.items():
         if field.optional:
             continue
-        if field.integer:
-            classes = int(getattr(stack.module.config, "num_embeds_ada_norm", count))
-            if classes < count:
-                raise RequestError(f"the model knows {classes} classes, the set {info.name!r} has {count}")
-            fields[name] = np.append(np.arange(count), classes)
+        if field.embeddings is not None:
+            if field.embeddings < count:
+                raise RequestError(f"the model knows {field.embeddings} classes, the set {info.name!r} has {count}")
+            spare = field.embeddings > count
+            guidable = guidable and spare
+            fields[name] = np.append(np.arange(count), field.embeddings - 1) if spare else np.arange(count)
+        elif field.constant is not None:
+            fields[name] = np.tile(np.asarray(field.constant, np.float32), (count + 1, 1))
         else:
             shape = tuple(text_tokens if size == "tokens" else int(size) for size in field.shape)
             rows = rng.standard_normal((count, *shape)).astype(np.float32)
             fields[name] = np.concatenate([rows, np.zeros((1, *shape), np.float32)])
+    if not (fields and guidable):  # no conditions, or a class for each embedding: no row is the empty one
+        return ConditionTable({name: table[:count] for name, table in fields.items()}, None)
     return ConditionTable(fields, count)
 
 
-def _check_own(own: Mapping[str, Array], stack: BlockStack, info: DataInfo) -> dict[str, Array]:
+def _check_own(own: Mapping[str, Array], net: DiffusionNet, info: DataInfo) -> dict[str, Array]:
     fields: dict[str, Array] = {}
-    for name, field in stack.condition_fields().items():
+    for name, field in net.condition_fields().items():
         if name not in own:
             if field.optional:
                 continue
-            raise RequestError(f"{stack.library_class} takes the condition `{name}`, which the set {info.name!r} lacks")
+            if field.constant is not None:
+                rows = min((len(table) for table in own.values()), default=1)
+                fields[name] = np.tile(np.asarray(field.constant, np.float32), (rows, 1))
+                continue
+            raise RequestError(f"{net.library_class} takes the condition `{name}`, which the set {info.name!r} lacks")
         table = np.asarray(own[name])
         wanted = tuple(size for size in field.shape if size != "tokens")
         if field.shape and (table.ndim != len(field.shape) + 1 or table.shape[table.ndim - len(wanted) :] != wanted):

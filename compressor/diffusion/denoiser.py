@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from compressor.diffusion.schedules import Schedule, schedule_from_config
 from compressor.models.anatomy.blocks import BlockStack, block_stack
+from compressor.models.anatomy.diffusion_nets import DiffusionNet, diffusion_net
 from compressor.models.model import Model
 
 __all__ = ["Denoiser", "DenoiserGraph", "noised_batch"]
@@ -17,7 +18,7 @@ class Denoiser(nn.Module):
     """A model together with its noise schedule.
 
     Args:
-        model: A diffusion transformer with a block-stack anatomy.
+        model: A diffusion transformer or UNet (`compressor.models.anatomy`).
     """
 
     def __init__(self, model: Model) -> None:
@@ -29,18 +30,27 @@ class Denoiser(nn.Module):
         )
 
     @property
+    def net(self) -> DiffusionNet:
+        """The model as its class is called."""
+        return diffusion_net(self.module)
+
+    @property
     def stack(self) -> BlockStack:
-        """The model as a stack of blocks."""
+        """The model as a stack of blocks.
+
+        Raises:
+            ModelError: It is none.
+        """
         return block_stack(self.module)
 
     @property
     def channels(self) -> int:
         """Channels of the sample."""
-        return self.stack.channels
+        return self.net.channels
 
     def forward(self, noised: Tensor, level: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """The raw prediction (B, C_out, H, W); C_out exceeds C where the model also predicts a variance."""
-        return self.stack.forward(noised, self.schedule.timestep(level), condition)
+        return self.net.forward(noised, self.schedule.timestep(level), condition)
 
     def predict(self, noised: Tensor, level: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         """The prediction (B, C, H, W) without a variance."""
@@ -76,12 +86,8 @@ class Denoiser(nn.Module):
         return self.schedule.clean(noised, self.guided(noised, level, condition, empty, scale), level)
 
     def bottleneck(self, noised: Tensor, level: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
-        """Image tokens after the first half of the blocks, as a map (B, d, H / p, W / p); the rest is not run."""
-        stack = self.stack
-        state = stack.begin(noised, self.schedule.timestep(level), condition)
-        for block in stack.blocks[: max(len(stack.blocks) // 2, 1)]:
-            state = stack.run(block, state)
-        return stack.token_map(state)
+        """Features half way through the model (B, d, h, w): a UNet's middle block, a transformer's middle tokens."""
+        return self.net.middle(noised, self.schedule.timestep(level), condition)
 
     def target(self, clean: Tensor, noise: Tensor, level: Tensor) -> Tensor:
         """What `predict` should give."""
@@ -92,13 +98,13 @@ class DenoiserGraph(nn.Module):
     """The export form: latents, the model's own time input and condition fields in, the prediction out.
 
     Args:
-        module: The diffusion transformer.
+        module: The diffusion model.
     """
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
-        self._stack = [block_stack(module)]  # in a list: it is no submodule
+        self._net = [diffusion_net(module)]  # in a list: it is no submodule
 
     def forward(
         self,
@@ -108,16 +114,18 @@ class DenoiserGraph(nn.Module):
         encoder_attention_mask: Tensor | None = None,
         pooled_projections: Tensor | None = None,
         class_labels: Tensor | None = None,
+        time_ids: Tensor | None = None,
     ) -> Tensor:
         given = {
             "encoder_hidden_states": encoder_hidden_states,
             "encoder_attention_mask": encoder_attention_mask,
             "pooled_projections": pooled_projections,
             "class_labels": class_labels,
+            "time_ids": time_ids,
         }
         condition = {name: value for name, value in given.items() if value is not None}
-        stack = self._stack[0]
-        return stack.forward(sample, timestep, condition)[:, : stack.channels]
+        net = self._net[0]
+        return net.forward(sample, timestep, condition)[:, : net.channels]
 
 
 def noised_batch(denoiser: Denoiser, clean: Tensor, noise: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.schedules import Schedule
 
-__all__ = ["backward_simulation", "level_between", "renoise"]
+__all__ = ["backward_simulation", "level_between", "ode_samples", "renoise"]
 
 
 @torch.no_grad()
@@ -42,6 +42,40 @@ def backward_simulation(
         clean = generator.clean(noised, levels[call].expand(size), condition)
         noised = generator.schedule.add_noise(clean, noise(call + 1), levels[call + 1].expand(size))
     return noised, levels[stop].expand(size)
+
+
+@torch.no_grad()
+def ode_samples(
+    teacher: Denoiser,
+    noise: Tensor,
+    condition: Mapping[str, Tensor],
+    steps: int,
+    empty: Mapping[str, Tensor] | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Where the teacher's probability-flow ODE leads from a noise: Euler for flows, DDIM for discrete schedules.
+
+    Args:
+        teacher: Called once a step, twice under guidance.
+        noise: (B, C, H, W), standard normal; the noisiest level's sample.
+        condition: Condition fields (B, ...).
+        steps: Steps of equal length from the noisiest level to the clean sample.
+        empty: The empty condition of every sample, for guidance.
+        scale: Guidance scale; at most 1 means none.
+
+    Returns:
+        Clean samples (B, C, H, W).
+    """
+    schedule, sample, size = teacher.schedule, noise, len(noise)
+    levels = schedule.sampler_levels(steps).to(noise.device)
+    for step in range(steps):
+        level = levels[step].expand(size)
+        clean = teacher.clean(sample, level, condition, empty, scale)
+        if step + 1 == steps:
+            return clean
+        signal, sigma = schedule.factors(level, sample)
+        sample = schedule.add_noise(clean, (sample - signal * clean) / sigma, levels[step + 1].expand(size))
+    return sample
 
 
 def level_between(schedule: Schedule, uniform: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:

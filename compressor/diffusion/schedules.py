@@ -64,6 +64,10 @@ class Schedule(Protocol):
         """The estimate of the clean sample that a prediction implies."""
         ...
 
+    def sampler_levels(self, steps: int) -> Tensor:
+        """The levels (N,) that a sampler of so many steps calls the network at, the noisiest first."""
+        ...
+
     def sampler(self, steps: int) -> tuple[dict[str, Any], dict[str, Array]]:
         """Settings and assets of the numpy sampler for a number of steps."""
         ...
@@ -118,6 +122,9 @@ class FlowSchedule:
 
     def clean(self, noised: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
         return noised - _like(level, noised) * prediction
+
+    def sampler_levels(self, steps: int) -> Tensor:
+        return torch.from_numpy(self._shifted(np.linspace(1.0, 0.0, steps + 1))[:-1]).float()
 
     def sampler(self, steps: int) -> tuple[dict[str, Any], dict[str, Array]]:
         levels = self._shifted(np.linspace(1.0, 0.0, steps + 1))
@@ -179,10 +186,13 @@ class DiscreteSchedule:
             clean = guess if self.prediction_type == "sample" else signal * wide - sigma * guess
         return clean.to(noised.dtype)
 
-    def sampler(self, steps: int) -> tuple[dict[str, Any], dict[str, Array]]:
+    def sampler_levels(self, steps: int) -> Tensor:
         # "trailing" spacing: the first step is the noisiest level, so that one step already starts from noise
-        timesteps = np.round(np.linspace(self.levels - 1, 0, steps, endpoint=False)).astype(np.int64)
-        return {"rule": "ddim", "prediction_type": self.prediction_type}, self._assets(timesteps)
+        return torch.from_numpy(np.round(np.linspace(self.levels - 1, 0, steps, endpoint=False)).astype(np.int64))
+
+    def sampler(self, steps: int) -> tuple[dict[str, Any], dict[str, Array]]:
+        rule = {"rule": "ddim", "prediction_type": self.prediction_type}
+        return rule, self._assets(self.sampler_levels(steps).numpy())
 
     def few_step_sampler(self, places: Sequence[int]) -> tuple[dict[str, Any], dict[str, Array]]:
         assets = self._assets(np.asarray(places, np.int64))

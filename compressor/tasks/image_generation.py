@@ -114,10 +114,10 @@ class ImageGeneration:
 
     def conditions(self, model: Model) -> ConditionTable:
         """The condition tables for a model (the same for every model of one class and width)."""
-        anatomy = Denoiser(model).stack
-        key = f"{anatomy.library_class} {anatomy.condition_fields()}"
+        net = Denoiser(model).net
+        key = f"{net.library_class} {net.condition_fields()}"
         if key not in self._tables:
-            self._tables[key] = condition_table(anatomy, self.info, text_tokens=self.options.text_tokens)
+            self._tables[key] = condition_table(net, self.info, text_tokens=self.options.text_tokens)
         return self._tables[key]
 
     def check(self, model: Model) -> None:
@@ -143,7 +143,7 @@ class ImageGeneration:
         denoiser, shape = Denoiser(model), self.info.shape
         table = self.conditions(model)
         device = next(model.module.parameters()).device
-        rows = torch.arange(2) % len(next(iter(table.fields.values())))
+        rows = torch.arange(2) % table.rows
         inputs = {"sample": torch.linspace(-1, 1, 2 * int(np.prod(shape))).view(2, *shape)}
         inputs |= {"timestep": denoiser.schedule.timestep(denoiser.schedule.level(torch.tensor([0.3, 0.7])))}
         inputs |= table(rows)
@@ -166,15 +166,18 @@ class ImageGeneration:
         return Deployable({"denoiser": graph}, DriverSpec("sampler", settings), {**schedule, **table.assets()})
 
     def feeds(self, samples: int) -> dict[str, Feed]:
-        rows = len(self.info.classes) or self._prompt_count()
-        labels = np.arange(samples, dtype=np.int64) % rows
+        labels = np.arange(samples, dtype=np.int64) % self.conditions_asked
         asked = ArrayDataset(replace(self.info, name="balanced labels"), {"label": labels})
         real = self.dataset()
         images = np.stack([self.to_model(np.asarray(real[k]["image"])) for k in range(len(real))])
         reference = ArrayDataset(real.info, {"image": images})
         return {"test": Feed(asked, batch=100), "reference": Feed(reference, batch=256, run=False)}
 
-    def _prompt_count(self) -> int:
+    @property
+    def conditions_asked(self) -> int:
+        """How many conditions samples are asked for: the classes, or the prompts without the empty one."""
+        if self.info.classes:
+            return len(self.info.classes)
         tables: Mapping[str, Array] = self.info.extra.get("conditions", {})
         count = min((len(table) for table in tables.values()), default=1)
         null = self.info.extra.get("null_row")
@@ -191,7 +194,7 @@ class ImageGeneration:
         return [_Chosen(metric, names, classless=not self.info.classes)]
 
     def request(self, batch: int) -> dict[str, Array]:
-        return {"label": np.arange(batch, dtype=np.int64) % (len(self.info.classes) or self._prompt_count())}
+        return {"label": np.arange(batch, dtype=np.int64) % self.conditions_asked}
 
     def pictures(self, driver: Driver, seed: int = 0, rows: int = 4, columns: int = 10) -> bytes:
         """A sheet of samples as PNG: a column a label, every row with other noise."""
@@ -199,7 +202,7 @@ class ImageGeneration:
 
         from PIL import Image
 
-        labels = np.arange(columns, dtype=np.int64) % (len(self.info.classes) or self._prompt_count())
+        labels = np.arange(columns, dtype=np.int64) % self.conditions_asked
         lines = [self.to_pixels(driver({"label": labels}, seed=seed + row)["image"]) for row in range(rows)]
         channels = 3 if lines[0].shape[1] >= 3 else 1
         sheet = np.stack(lines)[:, :, :channels]  # (rows, columns, C, H, W)

@@ -21,17 +21,18 @@ from torch import Tensor, nn
 from compressor.data.stream import Batch
 from compressor.deployable import Deployable
 from compressor.diffusion.denoiser import Denoiser
-from compressor.diffusion.discriminators import BottleneckHead
-from compressor.diffusion.rollout import backward_simulation, level_between, renoise
+from compressor.diffusion.discriminators import make_head
+from compressor.diffusion.rollout import backward_simulation, level_between, ode_samples, renoise
 from compressor.errors import RequestError, nearest
 from compressor.losses.adversarial import non_saturating_losses
 from compressor.losses.precision import at_least_float32
 from compressor.losses.surrogate import gradient_as_loss
 from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.models.anatomy.blocks import BlockStack
 from compressor.models.model import Model
 from compressor.training.averaging import Ema
 from compressor.training.curves import linear_warmup
-from compressor.training.phase import Optim, Phases, Train, Update
+from compressor.training.phase import Compute, Optim, Phases, Train, Update
 
 __all__ = [
     "DMD2",
@@ -189,6 +190,19 @@ class Stage(MethodConfig):
     """Iterations of linear warm-up, at most half of the stage's."""
 
 
+class WarmStart(MethodConfig):
+    """The regression that starts a one-step generator: noise to what the teacher's ODE makes of it."""
+
+    steps: int = Field(0, ge=0)
+    """Iterations; 0 leaves it out."""
+    lr: float = Field(1e-5, gt=0)
+    """Learning rate of the generator."""
+    pairs: int = Field(10_000, ge=1)
+    """Pairs of noise and sample, made once and stored."""
+    ode_steps: int = Field(50, ge=1)
+    """Steps of the teacher's ODE for a pair."""
+
+
 class DMD2Config(MethodConfig):
     """Configuration of DMD2."""
 
@@ -196,6 +210,8 @@ class DMD2Config(MethodConfig):
     """Steps of the generator at inference, each a call and, but for the last, new noise."""
     guidance: float = Field(1.0, ge=0)
     """Classifier-free guidance of the teacher; at most 1 means none. The student learns it and runs without."""
+    conditioning_timestep: int | None = Field(None, ge=0)
+    """Timestep of a one-step generator's only call, its input pure noise (SDXL: 399); None takes the noisiest."""
     fake_updates: int = Field(5, ge=1)
     """Updates of the fake score for one of the generator (the two time scales)."""
     gan_weight: float = Field(5e-3, ge=0)
@@ -216,6 +232,8 @@ class DMD2Config(MethodConfig):
     """Largest norm of a gradient, generator and fake score each."""
     ema: float | None = Field(None, ge=0, lt=1)
     """Decay of an average of the generator's weights that becomes the student; None takes the last weights."""
+    warm_start: WarmStart = WarmStart()
+    """Regression on pairs of the teacher's ODE before the rest, for generators of one step."""
     match: Stage = Stage(steps=1000, lr=1e-5, fake_lr=1e-5)
     """Distribution matching alone."""
     adversarial: Stage = Stage(steps=200, lr=5e-7, fake_lr=5e-7)
@@ -238,7 +256,6 @@ class DMD2:
         teachers={"teacher": "one"},
         students={"student": "copy"},
         data={"train": frozenset({"image", "label"})},
-        anatomy="blocks",
     )
     Config: ClassVar[type[MethodConfig]] = DMD2Config
     default_recipe: ClassVar[Mapping[str, Any]] = {
@@ -270,13 +287,17 @@ class DMD2:
         low, high = config.noise_range
         if not 0 <= low < high <= 1:
             raise RequestError(f"noise_range must rise within 0 and 1, got {low:g} to {high:g}")
-        timesteps = student_timesteps(config.num_steps, self._real.schedule.levels)
+        timesteps = self._timesteps()
         self._levels = self._real.schedule.sampling_level(timesteps).to(ctx.device)
         self._head = self._make_head()
         self._ema = None if config.ema is None else Ema(student.module, config.ema)
         extra = {**student.info.extra, "student_timesteps": timesteps.tolist()}
         shipped = student.module if self._ema is None else self._ema.module
         self._student = Model(shipped, replace(student.info, extra=extra))
+        if config.warm_start.steps:
+            key = [config.warm_start.model_dump(exclude={"steps", "lr"}), config.guidance]
+            pairs = (yield Compute("pairs", self._ode_pairs, key=key)) or {}
+            yield self._train_on_pairs(pairs)
         yield self._train("match", config.match, gan=False)
         yield self._train("adversarial", config.adversarial, gan=True)
 
@@ -289,6 +310,48 @@ class DMD2:
     def deployables(self, ctx: Context) -> dict[str, Deployable]:
         """The generator with its few-step sampler around it."""
         return {"student": ctx.task.deployable(self.student())}
+
+    # -- warm start --
+
+    @torch.no_grad()
+    def _ode_pairs(self) -> dict[str, Tensor]:
+        """Noises, condition rows and the samples that the teacher's ODE, guided, makes of them."""
+        task: Any = self._ctx.task
+        start, batch = self.config.warm_start, self.config.batch
+        found: dict[str, list[Tensor]] = {"noise": [], "row": [], "sample": []}
+        for k in range(-(-start.pairs // batch)):
+            generator = self._ctx.rng(k, "pairs", shared=True)
+            noise = torch.randn((batch, *self._shape), generator=generator).to(self._ctx.device)
+            rows = torch.randint(task.conditions_asked, (batch,), generator=generator).to(self._ctx.device)
+            condition = self._table(rows)
+            sample = ode_samples(
+                self._real, noise, condition, start.ode_steps, self._empty(), scale=self.config.guidance
+            )
+            for name, value in {"noise": noise, "row": rows, "sample": sample}.items():
+                found[name].append(value.cpu())
+        return {name: torch.cat(values)[: start.pairs] for name, values in found.items()}
+
+    def _train_on_pairs(self, pairs: Mapping[str, Tensor]) -> Train:
+        """The mean squared error between the generator's only call and the ODE's sample of the same noise.
+
+        The paper takes LPIPS, which needs a pretrained network and pixels.
+        """
+        config, ctx, start = self.config, self._ctx, self.config.warm_start
+
+        def step(batches: Mapping[str, Batch], i: int) -> Iterator[Update]:
+            chosen = torch.floor(ctx.uniform(i, config.batch, "pair").cpu() * len(pairs["row"])).long()
+            noise, rows, sample = (pairs[name][chosen].to(ctx.device) for name in ("noise", "row", "sample"))
+            made = self._generator.clean(noise, self._levels[:1].expand(len(noise)), self._table(rows))
+            stepped = yield Update("generator", {"pairs": (made - sample).square().mean()})
+            if stepped and self._ema is not None:
+                self._ema.update()
+
+        options = {"betas": config.betas, "weight_decay": config.weight_decay}
+        parameters = self._generator.parameters()
+        optim = Optim(parameters, lr=start.lr, options=options, clip_norm=config.clip_norm)
+        state: dict[str, Any] = {"generator": self._generator} | ({} if self._ema is None else {"ema": self._ema})
+        modes: Any = [(self._generator, "eval")]
+        return Train("warm_start", start.steps, {"generator": optim}, {}, step, state, modes, key=start.model_dump())
 
     # -- one iteration --
 
@@ -343,12 +406,30 @@ class DMD2:
 
     # -- parts --
 
-    def _make_head(self) -> BottleneckHead:
+    def _timesteps(self) -> Tensor:
+        """The timesteps of the generator's calls.
+
+        Raises:
+            RequestError: ``conditioning_timestep`` or the warm start with several steps, or outside the schedule.
+        """
+        config, levels = self.config, self._real.schedule.levels
+        if config.num_steps > 1 and config.warm_start.steps:
+            raise RequestError("dmd2.warm_start is for one-step generators: set num_steps to 1")
+        if config.conditioning_timestep is None:
+            return student_timesteps(config.num_steps, levels)
+        if config.num_steps > 1:
+            raise RequestError("dmd2.conditioning_timestep is for one-step generators: set num_steps to 1")
+        if config.conditioning_timestep >= levels:
+            raise RequestError(f"dmd2.conditioning_timestep must be below {levels}, not {config.conditioning_timestep}")
+        return torch.tensor([config.conditioning_timestep])
+
+    def _make_head(self) -> nn.Module:
         """The classification branch, for feature maps as the teacher makes them of this data."""
         with torch.no_grad():
             zeros = torch.zeros(1, *self._shape, device=self._ctx.device)
             condition = self._table(torch.zeros(1, dtype=torch.long, device=self._ctx.device))
-            return BottleneckHead.like(self._real.bottleneck(zeros, self._levels[:1], condition))
+            features = self._real.bottleneck(zeros, self._levels[:1], condition)
+        return make_head(features, tokens=isinstance(self._real.net, BlockStack))
 
     def _train(self, name: str, stage: Stage, *, gan: bool) -> Train:
         config, ctx = self.config, self._ctx

@@ -64,7 +64,7 @@ class Sampler:
 
     def __call__(self, inputs: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
         condition, empty = self._conditions(inputs)
-        batch = len(next(iter(condition.values())))
+        batch = len(next(iter(condition.values()), inputs.get("label", inputs.get("noise", ()))))
         rng = np.random.default_rng(seed)
         sample = inputs.get("noise")
         if sample is None:
@@ -82,7 +82,8 @@ class Sampler:
         """The condition of every sample, and the empty one where guidance needs it."""
         if "label" in inputs:
             rows = np.asarray(inputs["label"]).reshape(-1)
-            count = min((len(table) for table in self.tables.values()), default=0)
+            # a model without conditions takes any rows: they say how many samples are asked for
+            count = min((len(table) for table in self.tables.values()), default=int(rows.max(initial=0)) + 1)
             if rows.size and (rows.min() < 0 or rows.max() >= count):
                 raise RequestError(f"condition rows must lie in [0, {count}), got {rows.min()} to {rows.max()}")
             condition = {name: table[rows] for name, table in self.tables.items()}

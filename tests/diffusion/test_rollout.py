@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.diffusion.denoiser import Denoiser
-from compressor.diffusion.discriminators import BottleneckHead
+from compressor.diffusion.discriminators import BottleneckHead, MapHead, make_head
 from compressor.diffusion.rollout import backward_simulation, level_between, renoise
 from compressor.diffusion.schedules import DiscreteSchedule, FlowSchedule, Schedule
 from compressor.errors import RequestError
@@ -98,7 +98,8 @@ def test_bottleneck_is_the_map_behind_the_first_half_of_the_blocks(name: str) ->
     features = model.bottleneck(noised, level, condition)
     assert features.shape == (3, 32, 4, 4)
     assert all(g is None for g in torch.autograd.grad(features.sum(), late, allow_unused=True))
-    assert BottleneckHead.like(features)(features).shape == (3, 1)
+    head = make_head(features, tokens=True)
+    assert isinstance(head, BottleneckHead) and head(features).shape == (3, 1)
 
 
 def test_tokens_lie_in_the_map_where_their_patches_lie() -> None:
@@ -121,5 +122,17 @@ def test_head_takes_any_width(width: int) -> None:
 
 
 def test_head_refuses_a_map_of_one_token() -> None:
-    with pytest.raises(RequestError, match="at least 2x2 tokens, the model makes 1x1"):
-        BottleneckHead.like(torch.zeros(1, 8, 1, 1))
+    with pytest.raises(RequestError, match="at least 2x2, the model makes 1x1"):
+        make_head(torch.zeros(1, 8, 1, 1), tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "strided"), [((4, 4), 1), ((8, 8), 1), ((16, 8), 2), ((32, 32), 3), ((2, 2), 1), ((9, 7), 1), ((16, 2), 1)]
+)
+def test_head_of_a_unet_strides_down_to_four_and_closes_the_map(size: tuple[int, int], strided: int) -> None:
+    features = torch.randn(2, 32, *size)
+    head = make_head(features, tokens=False)
+    assert isinstance(head, MapHead) and head(features).shape == (2, 1)
+    convolutions = [layer for layer in head.layers if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.stride for layer in convolutions].count((2, 2)) == strided
+    assert convolutions[-1].kernel_size == (1, 1)

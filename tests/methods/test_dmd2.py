@@ -27,6 +27,7 @@ from compressor.training.engine import Engine
 from compressor.training.phase import Phases, Train, Update
 from compressor.training.random import Randomness
 from tests.tiny_transformers import tiny
+from tests.tiny_unets import UNETS, tiny_unet
 
 QWEN = "QwenImageTransformer2DModel"
 STAGES: dict[str, Any] = {
@@ -57,6 +58,8 @@ class Trained:
 
 
 def teacher_model(name: str = QWEN, layers: int = 2, **extra: Any) -> Model:
+    if name in UNETS:
+        return tiny_unet(name, **extra)
     made = tiny(name, layers=layers)
     config = {key: value for key, value in dict(made.module.config).items() if not key.startswith("_")}
     return Model(made.module, ModelInfo("diffusers", name, config, extra=extra))
@@ -85,10 +88,15 @@ def train(
 
 def watched(method: DMD2, phases: Phases, seen: Watched, kill_at: tuple[str, int] | None) -> Phases:
     """The same phases, looked at, and ended at a step as a kill would end them."""
-    for phase in phases:
-        assert isinstance(phase, Train)
-        phase.step = watched_step(method, phase.name, phase.step, seen, kill_at)
-        yield phase
+    answer: Any = None
+    while True:
+        try:
+            phase = phases.send(answer)
+        except StopIteration:
+            return
+        if isinstance(phase, Train):
+            phase.step = watched_step(method, phase.name, phase.step, seen, kill_at)
+        answer = yield phase
 
 
 def watched_step(method: DMD2, name: str, step: Any, seen: Watched, kill_at: tuple[str, int] | None) -> Any:
@@ -238,6 +246,10 @@ def test_teacher_alone_is_guided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("DiTTransformer2DModel", {"scheduler": {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"}}),
         ("DiTTransformer2DModel", {"scheduler": {"_class_name": "DDPMScheduler", "prediction_type": "sample"}}),
         ("PixArtTransformer2DModel", {}),
+        ("text", {}),
+        ("text", {"scheduler": {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"}}),
+        ("sdxl", {"scheduler": {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear"}}),
+        ("labels", {"scheduler": {"_class_name": "FlowMatchEulerDiscreteScheduler"}}),
     ],
 )
 def test_every_class_and_prediction_type_is_distilled_and_sampled_as_it_was_trained(
@@ -267,6 +279,49 @@ def rolled_out(method: DMD2, first: Tensor, second: Tensor, rows: Tensor) -> Ten
     clean = generator.clean(first, early, condition)
     noised = generator.schedule.add_noise(clean, second.float(), late)
     return generator.clean(noised, late, condition)
+
+
+def test_unconditional_unet_is_distilled_without_guidance(tmp_path: Path) -> None:
+    trained = train(tmp_path, teacher_model("unconditional"))
+    driver = torch_driver(trained.method.deployables(trained.ctx)["student"])
+    assert driver({"label": np.array([0, 0, 3])})["image"].shape == (3, 1, 8, 8)
+
+
+# --- the warm start --------------------------------------------------------------------------------------------------
+
+WARM: dict[str, Any] = {
+    "num_steps": 1,
+    "warm_start": {"steps": 30, "lr": 2e-3, "pairs": 8, "ode_steps": 3},
+    "match": {**STAGES["match"], "steps": 0},
+    "adversarial": {**STAGES["adversarial"], "steps": 0},
+}
+
+
+def test_warm_start_brings_one_step_to_where_the_teachers_ode_leads(tmp_path: Path) -> None:
+    trained = train(tmp_path, teacher_model(), batch=8, **WARM)
+    updates = [update for name, _, update in trained.seen.updates if name == "warm_start"]
+    assert {update.owner for update in updates} == {"generator"}
+    losses = [float(update.losses["pairs"].detach()) for update in updates]
+    assert len(losses) == 30 and losses[-1] < 0.5 * losses[0]
+    assert all(set(before) == {"real", "generator", "fake", "head"} for before in trained.seen.before)
+
+
+def test_pairs_are_the_noises_and_ends_of_the_guided_ode(tmp_path: Path) -> None:
+    trained = train(tmp_path, teacher_model(), guidance=2.0, **WARM)
+    method, task = trained.method, ImageGeneration({"train": "digits"}, {"num_inference_steps": 3, "guidance_scale": 2})
+    trained.ctx.randomness.phase = "test"
+    pairs = method._ode_pairs()
+    assert {name: len(values) for name, values in pairs.items()} == {"noise": 8, "row": 8, "sample": 8}
+    driver = torch_driver(task.deployable(method._real.model))
+    driver.settings["clip"] = None  # type: ignore[attr-defined]
+    expected = driver({"label": pairs["row"].numpy(), "noise": pairs["noise"].numpy()})["image"]
+    np.testing.assert_allclose(pairs["sample"].numpy(), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+
+
+def test_one_step_generator_is_called_at_the_timestep_that_is_set(tmp_path: Path) -> None:
+    trained = train(tmp_path, teacher_model("text"), num_steps=1, conditioning_timestep=399)
+    deployable = trained.method.deployables(trained.ctx)["student"]
+    assert deployable.assets["timesteps"].tolist() == [399]
 
 
 # --- what is left behind ---------------------------------------------------------------------------------------------
@@ -341,6 +396,9 @@ def test_exported_student_draws_what_torch_draws(tmp_path: Path) -> None:
     ("config", "message"),
     [
         ({"noise_range": (0.5, 0.5)}, "noise_range must rise within 0 and 1, got 0.5 to 0.5"),
+        ({"conditioning_timestep": 399}, "conditioning_timestep is for one-step generators"),
+        ({"num_steps": 1, "conditioning_timestep": 1000}, "conditioning_timestep must be below 1000, not 1000"),
+        ({"warm_start": {"steps": 1}}, "warm_start is for one-step generators"),
         ({"num_steps": 2000}, "num_inference_steps must be in 1..1000"),
     ],
 )

@@ -7,7 +7,7 @@ the library's. Blocks of our own (`OwnBlock`) may stand among the library's: the
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from compressor.errors import ModelError
+from compressor.models.anatomy.diffusion_nets import DiffusionNet, known_nets
 
 __all__ = ["Anchor", "BlockStack", "OwnBlock", "State", "block_stack", "walkable_classes"]
 
@@ -67,28 +68,11 @@ class OwnBlock(nn.Module):
         return self.step(state)
 
 
-@dataclass(frozen=True)
-class ConditionField:
-    """A condition that a model takes: shape of one row ("tokens" is free), and whether it holds integers."""
+class BlockStack(DiffusionNet):
+    """A model seen as a stack of blocks."""
 
-    shape: tuple[int | str, ...]
-    integer: bool = False
-    optional: bool = False
-
-
-class BlockStack(ABC):
-    """A model seen as a stack of blocks.
-
-    Args:
-        module: An instance of `library_class`.
-    """
-
-    library_class: ClassVar[str]
     joint: ClassVar[bool] = False
     """Whether blocks carry a text stream beside the image's."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
 
     @property
     @abstractmethod
@@ -106,15 +90,6 @@ class BlockStack(ABC):
     @abstractmethod
     def rebuild(self, blocks: Sequence[nn.Module]) -> nn.Module:
         """Put other blocks in place of the present ones (in the module itself) and update its configuration."""
-
-    @abstractmethod
-    def condition_fields(self) -> dict[str, ConditionField]:
-        """Conditions by name."""
-
-    @property
-    @abstractmethod
-    def channels(self) -> int:
-        """Channels of the sample."""
 
     def call(self, block: nn.Module, state: State) -> State:
         """Run a library block on the state."""
@@ -141,21 +116,17 @@ class BlockStack(ABC):
             state = self.run(block, state)
         return self.end(state)
 
-
-_STACKS: dict[str, type[BlockStack]] = {}
-
-
-def register(stack: type[BlockStack]) -> type[BlockStack]:
-    """Make a stack class known under its library class's name."""
-    _STACKS[stack.library_class] = stack
-    return stack
+    def middle(self, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        """The image tokens after the first half of the blocks."""
+        state = self.begin(sample, timestep, condition)
+        for block in self.blocks[: max(len(self.blocks) // 2, 1)]:
+            state = self.run(block, state)
+        return self.token_map(state)
 
 
 def walkable_classes() -> list[str]:
     """Names of the library classes whose blocks can be walked."""
-    from compressor.models.anatomy import diffusion_transformers  # noqa: F401  registers its stacks
-
-    return sorted(_STACKS)
+    return [name for name, net in known_nets().items() if issubclass(net, BlockStack)]
 
 
 def block_stack(module: nn.Module) -> BlockStack:
@@ -164,8 +135,8 @@ def block_stack(module: nn.Module) -> BlockStack:
     Raises:
         ModelError: There is none for its class.
     """
-    known = walkable_classes()
     name = type(module).__name__
-    if name not in _STACKS:
-        raise ModelError(f"the blocks of a {name} cannot be walked; classes that can: {', '.join(known)}")
-    return _STACKS[name](module)
+    net = known_nets().get(name)
+    if net is None or not issubclass(net, BlockStack):
+        raise ModelError(f"the blocks of a {name} cannot be walked; classes that can: {', '.join(walkable_classes())}")
+    return net(module)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compressor.models.anatomy.blocks import BlockStack, ConditionField, State, register
+from compressor.models.anatomy.blocks import BlockStack, State
+from compressor.models.anatomy.diffusion_nets import ConditionField, register
 
 __all__ = ["DiTStack", "FluxStack", "PixArtStack", "QwenImageStack", "SD3Stack"]
 
@@ -212,7 +213,8 @@ class DiTStack(_OneStream):
     library_class = "DiTTransformer2DModel"
 
     def condition_fields(self) -> dict[str, ConditionField]:
-        return {"class_labels": ConditionField((), integer=True)}
+        # one more than the classes: the row of dropped labels
+        return {"class_labels": ConditionField((), embeddings=int(self.module.config.num_embeds_ada_norm) + 1)}
 
     def begin(self, sample: Tensor, timestep: Tensor, condition: Mapping[str, Tensor]) -> State:
         context = {"timestep": timestep, "class_labels": condition["class_labels"]}
