@@ -34,6 +34,8 @@ class Graph:
         outputs: Names of the outputs, in order.
         dynamic: Free axes by input name: ``{"sample": {0: "batch"}}``. Axes of the same name have the same size.
         keep_fp32: Names (module paths) that should stay in float32 in half-precision graphs; measuring may add more.
+
+    Sparsity masks are folded here: the module is then a copy with plain weights.
     """
 
     module: nn.Module
@@ -41,6 +43,11 @@ class Graph:
     outputs: tuple[str, ...]
     dynamic: dict[str, dict[int, str]] = field(default_factory=dict)
     keep_fp32: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        from compressor.models.edits.sparsity import fold
+
+        self.module = fold(self.module)
 
 
 @dataclass

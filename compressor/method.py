@@ -46,18 +46,20 @@ class Needs:
 
     Attributes:
         tasks: Names of the tasks that it serves, its default first.
-        teachers: Roles, each "one", "many" or "optional".
+        teachers: Roles, each "one", "many" (one or more), "optional" (one or none) or "any" (any number, or none).
         students: Roles, each "copy" (of a teacher or of the chain's model), "spec" (the user may name a model) or "own"
             (the method builds it).
         data: Sample fields that each stream role must hold.
         anatomy: Name of the anatomy that the teacher's class must have ("blocks"), if any.
+        first: Why no other method can come before it in a chain; empty where one can.
     """
 
     tasks: tuple[str, ...]
-    teachers: Mapping[str, Literal["one", "many", "optional"]] = field(default_factory=dict)
+    teachers: Mapping[str, Literal["one", "many", "optional", "any"]] = field(default_factory=dict)
     students: Mapping[str, Literal["copy", "spec", "own"]] = field(default_factory=lambda: {"student": "copy"})
     data: Mapping[str, frozenset[str]] = field(default_factory=lambda: {"train": frozenset()})
     anatomy: str | None = None
+    first: str = ""
 
 
 class Context(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,6 @@ def _chain(values: Mapping[str, Any], flags: Flags) -> list[dict[str, Any]]:
     pattern = flags.sparsity if flags.sparsity is not None else values.get("sparsity")
     if pattern is not None:
         pattern = Recipe.parse({"sparsity": pattern}).sparsity
-        if "sparsity" not in method_names():
-            raise RequestError("--sparsity needs the method 'sparsity', which this version does not have")
         entries = [*entries, {"name": "sparsity", "config": {"pattern": pattern}}]
     return [{"name": entry["name"], "config": dict(entry.get("config", {}))} for entry in entries]
 
@@ -129,11 +127,14 @@ def default_recipe(method: MethodClass) -> dict[str, Any]:
 
 
 def _defaults(classes: Sequence[MethodClass]) -> dict[str, Any]:
-    """The first method's default recipe; later ones add the roles that it does not have."""
+    """The first method's default recipe; later ones add the roles that they need and it does not have."""
     merged: dict[str, Any] = {}
     for method in classes:
         default = default_recipe(method)
         roles = {key: default[key] for key in PREFERRED_ROLES if key in default}
+        if "teachers" in roles:
+            spare = {role for role, count in method.needs.teachers.items() if count in ("optional", "any")}
+            roles["teachers"] = {role: specs for role, specs in roles["teachers"].items() if role not in spare}
         merged = _merge(default if not merged else roles, merged)
     return merged
 
@@ -295,10 +296,11 @@ def _check(recipe: Recipe, classes: Sequence[MethodClass]) -> None:
             if role not in known:
                 hint = nearest(role, known) if known else f"the method takes no {SINGULAR[kind]}"
                 raise RequestError(f"{kind}: unknown role {role!r}: {hint}")
+    named = {role for one in needs for role, kind in one.students.items() if kind == "spec"}
     for place, method in enumerate(classes):
         _check_task(recipe, method)
         _check_teachers(recipe, method)
-        _check_students(recipe, method, before=classes[place - 1] if place else None)
+        _check_students(recipe, method, classes[place - 1] if place else None, named)
         for role in method.needs.data:
             if role not in recipe.data:
                 raise RequestError(f"the method {method.name!r} needs data: add --data {_written(role, 'train')}")
@@ -313,22 +315,26 @@ def _check_task(recipe: Recipe, method: MethodClass) -> None:
 def _check_teachers(recipe: Recipe, method: MethodClass) -> None:
     for role, count in method.needs.teachers.items():
         specs = recipe.teachers.get(role, [])
-        if not specs and count != "optional":
+        if not specs and count not in ("optional", "any"):
             raise RequestError(f"the method {method.name!r} needs a teacher: add --teacher {_written(role, 'teacher')}")
-        if len(specs) > 1 and count != "many":
+        if len(specs) > 1 and count not in ("many", "any"):
             raise RequestError(f"the method {method.name!r} takes one {role}, but {len(specs)} are given")
 
 
-def _check_students(recipe: Recipe, method: MethodClass, before: MethodClass | None) -> None:
+def _check_students(recipe: Recipe, method: MethodClass, before: MethodClass | None, named: Collection[str]) -> None:
+    """``named``: roles whose model the user may name, for some method of the chain."""
     students: Mapping[str, str] = method.needs.students
     for role in recipe.students:
-        if students.get(role) in ("copy", "own"):
+        if students.get(role) in ("copy", "own") and role not in named:
             made = "copies it from its teacher" if students[role] == "copy" else "builds it itself"
             raise RequestError(f"the method {method.name!r} takes no --student: it {made}")
-    if before is not None and not any(kind in ("copy", "spec") for kind in students.values()):
-        raise RequestError(
-            f"the method {method.name!r} cannot follow {before.name!r}: it builds its own student; let it come first"
-        )
+    if before is None:
+        return
+    reason = method.needs.first
+    if not any(kind in ("copy", "spec") for kind in students.values()):
+        reason = "it builds its own student"
+    if reason:
+        raise RequestError(f"the method {method.name!r} cannot follow {before.name!r}: {reason}; let it come first")
 
 
 def _written(role: str, usual: str) -> str:

@@ -159,19 +159,7 @@ def test_wrong_sparsity_patterns_are_refused(text: str) -> None:
     assert "sparsity is " in refusal(methods=["ppcl"], sparsity=text)
 
 
-def test_sparsity_becomes_the_last_method_of_the_chain(install_package: Any, toy_methods: None) -> None:
-    entry_points = "[compressor.methods]\nsparsity = sparsity_package.method:Sparsity\n"
-    source = """
-    from typing import ClassVar
-    from compressor.method import Needs
-    from toy_methods_package.methods import Own, OwnConfig
-
-    class Sparsity(Own):
-        name: ClassVar = "sparsity"
-        needs: ClassVar = Needs(tasks=("image-generation",), data={})
-        Config: ClassVar = OwnConfig
-    """
-    install_package("sparsity_package", {"method": source}, entry_points)
+def test_sparsity_becomes_the_last_method_of_the_chain(toy_methods: None) -> None:
     recipe = resolve(methods=["toy"], sparsity="2:4")
     assert [(entry.name, entry.config.get("pattern")) for entry in recipe.methods] == [
         ("toy", None),
@@ -197,7 +185,6 @@ def test_sparsity_becomes_the_last_method_of_the_chain(install_package: Any, toy
         ({"teachers": ["teacher="]}, "--teacher teacher=: the spec is missing"),
         ({"data": ["a", "b"]}, "--data train is given 2 times; it takes one"),
         ({"students": ["timm:x"]}, "the method 'toy' takes no --student: it copies it from its teacher"),
-        ({"sparsity": "2:4"}, "--sparsity needs the method 'sparsity'"),
         ({"device": "cudda"}, "device is 'cudda': must be a device: did you mean cuda"),
         ({"seed": -1}, "seed is -1: must be greater than or equal to 0"),
         ({"budget": 0.0}, "budget is 0.0: must be greater than 0"),

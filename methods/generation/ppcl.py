@@ -290,6 +290,7 @@ class PPCL:
         students={"student": "copy"},
         data={"train": frozenset({"image", "label"})},
         anatomy="blocks",
+        first="its blocks are copies of the teacher's own",
     )
     Config: ClassVar[type[MethodConfig]] = PPCLConfig
     default_recipe: ClassVar[Mapping[str, Any]] = {
