@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compressor import __version__
 from compressor.errors import TargetError
+from compressor.results import write_results
 from compressor.run_directory import fingerprint
 from compressor.work import Made, Work, weights_hash
 
@@ -27,6 +28,7 @@ __all__ = ["deliver", "export_all", "measure_variant", "write_report"]
 
 def deliver(work: Work, made: Made) -> None:
     """Export, measure and report what a run has trained."""
+    write_results(work, made)
     export_all(work, made)
     _measure(work, made)
     path = write_report(work, made)

@@ -58,10 +58,13 @@ class Deployable:
         graphs: The networks, by name.
         driver: The loop around them.
         assets: Arrays (schedules, class vectors, tables) and strings (label names, a tokenizer) that the driver reads.
-        files: Results that are no graph (a scene, a distilled data set): name to a function that writes it to a path.
+        files: Files of every artifact that are no graph (a scene): name to a function that writes it to a path.
+        results: What the run hands over beside its engines, which no driver reads (a distilled data set): name to a
+            function that writes a file or a folder. A name that ends in ``.png`` is shown in the report.
     """
 
     graphs: dict[str, Graph]
     driver: DriverSpec
     assets: dict[str, Array | str] = field(default_factory=dict)
     files: dict[str, Callable[[Path], None]] = field(default_factory=dict)
+    results: dict[str, Callable[[Path], None]] = field(default_factory=dict)

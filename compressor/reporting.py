@@ -22,6 +22,7 @@ from compressor.profiles.report import (
     TaskInfo,
 )
 from compressor.recipe import Recipe
+from compressor.results import result_lines, result_sheets
 from compressor.run_directory import RunDirectory
 from compressor.runtimes.manifest import Manifest, read_manifest
 from compressor.tasks.task import Task
@@ -51,9 +52,9 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
         comparisons=_comparisons(timings),
         curve=_curve(models, engines),
         training=_training(folder.checkpoints / "history.json"),
-        samples=_samples(evaluated),
+        samples=[*_samples(evaluated), *result_sheets(folder)],
         skipped=[f"{e.model} on {e.target}: {e.reason}" for e in engines if e.reason],
-        notes=notes,
+        notes=[*result_lines(folder), *notes],
     )
 
 

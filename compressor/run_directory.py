@@ -167,6 +167,11 @@ class RunDirectory:
         return self.path / "student"
 
     @property
+    def results(self) -> Path:
+        """Folder of what is handed over beside the model and its engines."""
+        return self.path / "results"
+
+    @property
     def report(self) -> Path:
         """Folder of ``report.html``, ``.md`` and ``.json``."""
         return self.path / "report"

@@ -3,9 +3,10 @@
     DIR/cat/*.jpg, DIR/dog/*.jpg              70 % train, 10 % val, 20 % test, by a hash of the file names
     DIR/train/cat/*.jpg, DIR/test/cat/*.jpg   splits of their own; what is missing is held out of train
 
-With ``train`` and ``val`` alone, ``val`` is what is measured (test), and a tenth of ``train`` serves as val. Hidden
-files and folders are not looked at, nor is what a Mac leaves beside the pictures. Every picture is decoded once before
-it is used, so that damaged ones are known, all of them, before any work; the result is remembered.
+With ``train`` and ``val`` alone, ``val`` is what is measured (test), and a tenth of ``train`` serves as val; with
+``?hold_out=false`` nothing is taken out of ``train``. Hidden files and folders are not looked at, nor is what a Mac
+leaves beside the pictures. Every picture is decoded once before it is used, so that damaged ones are known, all of
+them, before any work; the result is remembered.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class ImagefolderOptions(PictureOptions):
 
     skip_bad: bool = False
     """Leave damaged pictures out (each is named) instead of refusing the folder."""
+    hold_out: bool = True
+    """Hold splits that have no folder out of train; false leaves train whole, and they do not exist."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ def imagefolder(argument: str, split: str = "train") -> Pictures:
     """One split of a folder.
 
     Args:
-        argument: ``DIR[?size=64,channels=3,skip_bad=true]``.
+        argument: ``DIR[?size=64,channels=3,skip_bad=true,hold_out=false]``.
         split: "train", "val" or "test".
 
     Raises:
@@ -93,13 +96,14 @@ def imagefolder(argument: str, split: str = "train") -> Pictures:
     bad = {path: facts.problem for path, facts in found.items() if facts.problem}
     _report_bad(root, bad, len(found), options.skip_bad)
     parts = {name: [entry for entry in part if entry.path not in bad] for name, part in parts.items()}
-    good = (parts | _by_hash(root, parts["train"], missing))[split]
+    good = (parts | _by_hash(root, parts["train"], missing if options.hold_out else ())).get(split)
     if not good:
         raise RequestError(f"{root} has no pictures for the split {split!r}: add some, or a folder {root / split}")
     readable = [facts for facts in found.values() if not facts.problem]
     channels = options.channels or (1 if all(facts.gray for facts in readable) else 3)
     shape = (channels, *(options.size or usual_size(facts.size for facts in readable)))
-    key = hashlib.sha256(repr((mark, split, shape, sorted(map(str, bad)))).encode()).hexdigest()[:16]
+    facts = (mark, split, shape, sorted(map(str, bad)), len(good))
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
     skipped = [str(path.relative_to(root)) for path in bad]
     info = DataInfo(
         f"{root.resolve().name}/{split}", key, classes, shape, extra={"skipped": skipped} if skipped else {}

@@ -62,17 +62,20 @@ class PerField:
 
     Args:
         values: The field's value of every sample, e.g. the labels.
+        parts: Equal parts of the batch (the processes') that hold every value each, blocked alike.
     """
 
     values: tuple[int, ...]
+    parts: int = 1
 
     def __call__(self, i: int, size: int, length: int, rng: Rng) -> Sequence[int]:
         kinds = sorted(set(self.values))
-        if size % len(kinds):
+        if size % (len(kinds) * self.parts):
             raise RequestError(f"a batch of {size} cannot hold {len(kinds)} classes in equal parts: use a multiple")
         values, draw, indices = np.asarray(self.values), rng(i), []
         for kind in kinds:
             members = np.flatnonzero(values == kind)
             each = size // len(kinds)
             indices += [int(k) for k in draw.choice(members, each, replace=len(members) < each)]
-        return indices
+        blocks = np.asarray(indices).reshape(len(kinds), self.parts, -1)
+        return [int(k) for k in blocks.transpose(1, 0, 2).ravel()]

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field
 from torch import nn
 
+from compressor.data.dataset import Dataset
 from compressor.data.stream import Stream
 from compressor.data.views import Augmentation, chosen_augmentation, training_view
 from compressor.method import Context, MethodConfig
@@ -85,10 +86,21 @@ def _curve(config: TrainingConfig) -> Curve:
     return constant
 
 
-def make_stream(ctx: Context, config: TrainingConfig, role: str = "train", tag: str = "") -> Stream:
-    """Augmented batches of a role; with ``views`` they begin again after so many epochs."""
-    dataset = ctx.dataset(role)
+def make_stream(
+    ctx: Context, config: TrainingConfig, role: str = "train", tag: str = "", dataset: Dataset | None = None
+) -> Stream:
+    """Augmented batches of a role; with ``views`` they begin again after so many epochs.
+
+    Args:
+        ctx: Gives the data and the seed.
+        config: Batch, augmentation, views.
+        role: Whose samples.
+        tag: Streams of different tags draw independently.
+        dataset: Samples instead of the role's (generated, distilled).
+    """
+    dataset = ctx.dataset(role) if dataset is None else dataset
     stream = ctx.stream(role, config.batch, view=training_view(config.augment, dataset.info), tag=tag)
+    stream = replace(stream, dataset=dataset)
     if config.data_seed is not None:
         stream = replace(stream, seed=hash_seed(config.data_seed, role, tag))
     if config.views is None:
