@@ -1,6 +1,7 @@
 """DMD2's claims at small scale: python benchmarks/reproduction/dmd2.py [--seeds 0 1 2] [--updates 200]
 
-Teachers are the demo `digits-mmdit`, one a seed. One-step students, 200 updates of the generator each, batch 32:
+The teacher is the demo `digits-unet`, the same for all seeds. One-step students, 200 updates of the generator each, of
+batches of 32:
 
 - a: the teacher itself in one step
 - b: distribution matching, one update of the fake score for one of the generator
@@ -72,11 +73,12 @@ class NoisedImages(DMD2):
 
 
 class Bench:
-    """What the arms of one seed share."""
+    """What all arms share."""
 
-    def __init__(self, seed: int, updates: int, samples: int, judge: Any, log: Log) -> None:
-        self.seed, self.updates, self.samples, self.judge = seed, updates, samples, judge
-        self.teacher = demo_model(f"digits-mmdit?seed={seed}", log=log)
+    def __init__(self, updates: int, samples: int, log: Log) -> None:
+        self.updates, self.samples, self.log = updates, samples, log
+        self.judge = judge_of(ImageGeneration({"train": "digits"}, {}), log=log)
+        self.teacher = demo_model("digits-unet", log=log)
 
     def task(self, steps: int = 20) -> ImageGeneration:
         task = ImageGeneration({"train": "digits"}, {"num_inference_steps": steps})
@@ -88,14 +90,14 @@ class Bench:
         driver = torch_driver(task.deployable(model))
         return quality(task, driver, Evaluation(samples=self.samples), 100)
 
-    def train(self, name: str) -> dict[str, Any]:
+    def train(self, name: str, seed: int) -> dict[str, Any]:
         """One arm: the figures of its average and of its last weights, and how long it took."""
         arm = dict(ARMS[name])
         stages = {"match": {"steps": 0, **RATES}, "adversarial": {"steps": 0, **RATES}}
         stages["adversarial" if arm.pop("gan", False) else "match"]["steps"] = self.updates * arm["fake_updates"]
         kind = NoisedImages if name == "noised" else DMD2
         method = kind(DMD2Config.model_validate({**TRAINING, **arm, **stages}))
-        alone, randomness = Distributed.single(), Randomness(self.seed)
+        alone, randomness = Distributed.single(), Randomness(seed)
         ctx = RunContext(self.task(), {"teacher": [self.teacher]}, randomness, alone, name="reproduction")
         started = time.monotonic()
         with tempfile.TemporaryDirectory() as directory:
@@ -106,23 +108,12 @@ class Bench:
         return {"average": self.figures(student), "raw": raw, "seconds": round(seconds)}
 
 
-def experiment(seed: int, updates: int, samples: int, judge: Any, log: Log) -> dict[str, Any]:
-    """All arms of one seed."""
-    bench = Bench(seed, updates, samples, judge, log)
-    result: dict[str, Any] = {"seed": seed}
-    result["teacher"] = {f"{steps} steps": bench.figures(bench.teacher, steps) for steps in (30, 4, 1)}
-    for name in ARMS:
-        result[name] = bench.train(name)
-        log.say(f"seed {seed}: {name}: {result[name]}")
-    return result
-
-
-def judge_claims(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def judge_claims(teacher: Mapping[str, Any], results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over the seeds of the averages' Fréchet distance, and whether the claims hold."""
     distance = {name: mean(result[name]["average"]["frechet_distance"] for result in results) for name in ARMS}
-    distance["a"] = mean(result["teacher"]["1 steps"]["frechet_distance"] for result in results)
+    distance["a"] = teacher["1 steps"]["frechet_distance"]
     diversity = {name: mean(result[name]["average"]["diversity"] for result in results) for name in "bcd"}
-    whole = mean(result["teacher"]["30 steps"]["diversity"] for result in results)
+    whole = teacher["30 steps"]["diversity"]
     claims = {
         "five fake updates are at least 20% below one": distance["c"] <= 0.8 * distance["b"],
         "five fake updates with the GAN are at least 15% below one without": distance["d"] <= 0.85 * distance["b"],
@@ -142,13 +133,22 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=200, help="of the generator, in every arm")
     parser.add_argument("--samples", type=int, default=1000)
     asked, log = parser.parse_args(), Log()
-    judge = judge_of(ImageGeneration({"train": "digits"}, {}), log=log)
-    results = [experiment(seed, asked.updates, asked.samples, judge, log) for seed in asked.seeds]
-    outcome = judge_claims(results)
+    bench = Bench(asked.updates, asked.samples, log)
+    teacher = {f"{steps} steps": bench.figures(bench.teacher, steps) for steps in (30, 4, 1)}
+    log.say(f"teacher: {teacher}")
+    settings = {"updates": asked.updates, "samples": asked.samples, **TRAINING, **RATES}
+    results: list[dict[str, Any]] = []
+    for seed in asked.seeds:
+        result: dict[str, Any] = {"seed": seed}
+        for name in ARMS:
+            result[name] = bench.train(name, seed)
+            log.say(f"seed {seed}: {name}: {result[name]}")
+        results.append(result)
+        # after every seed, so that an interrupted run leaves those that it has done
+        outcome = judge_claims(teacher, results)
+        record_result("dmd2", {"settings": settings, **outcome, "teacher": teacher, "seeds": results})
     for claim, holds in outcome["claims"].items():
         log.say(f"{claim}: {'holds' if holds else 'does NOT hold'}")
-    settings = {"updates": asked.updates, "samples": asked.samples, **TRAINING, **RATES}
-    record_result("dmd2", {"settings": settings, **outcome, "seeds": results})
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ __all__ = ["Demo", "demo", "demo_model", "demo_names", "trained"]
 
 DEMOS = {
     "digits-mmdit": "compressor.models.demos.diffusion:DigitsMMDiT",
+    "digits-unet": "compressor.models.demos.diffusion:DigitsUNet",
     "scenes-cnn": "compressor.models.demos.classifiers:ScenesCNN",
     "scenes-cnn-small": "compressor.models.demos.classifiers:ScenesCNNSmall",
     "scenes-vit": "compressor.models.demos.classifiers:ScenesViT",
