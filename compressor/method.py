@@ -120,6 +120,9 @@ class Method(Protocol):
     """One paper. The class name is free; the module's file name (hyphens as underscores) is the method's name.
 
     A module under ``methods/`` exposes its class as ``METHOD``.
+
+    ``default_recipe`` holds keys of a recipe that needs no download; ``config``, what it changes of the configuration's
+    own defaults (the paper's); and ``data_config``, what it changes to suit its small data, left out with any others.
     """
 
     name: ClassVar[str]

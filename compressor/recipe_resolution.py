@@ -57,7 +57,7 @@ def resolve(written: Recipe, flags: Flags) -> Recipe:
     values = _merge(defaults, {key: value for key, value in values.items() if key not in ("methods", "sparsity")})
     _apply_flags(values, flags, [method.needs for method in classes])
     for entry, method in zip(entries, classes, strict=True):
-        entry["config"] = _merge(default_config(method), entry["config"])
+        entry["config"] = _merge(default_config(method, own_data=_own_data(method, values)), entry["config"])
     for setting in flags.settings:
         _apply_setting(setting, values, entries, classes)
     for entry, method in zip(entries, classes, strict=True):
@@ -118,7 +118,7 @@ def _chain(values: Mapping[str, Any], flags: Flags) -> list[dict[str, Any]]:
 
 def default_recipe(method: MethodClass) -> dict[str, Any]:
     """The keys of a recipe that a method's default recipe gives, without its configuration."""
-    given = {key: value for key, value in method.default_recipe.items() if key != "config"}
+    given = {key: value for key, value in method.default_recipe.items() if key not in ("config", "data_config")}
     try:
         return Recipe.model_validate(given).model_dump(exclude_unset=True)
     except ValidationError as error:
@@ -148,9 +148,23 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def default_config(method: MethodClass) -> dict[str, Any]:
-    """The default configuration with every key, or what the default recipe says of one that has keys to be given."""
+def _own_data(method: MethodClass, values: Mapping[str, Any]) -> bool:
+    """Whether a recipe trains on the data of the method's default recipe."""
+    usual = default_recipe(method).get("data", {})
+    return bool({role: values.get("data", {}).get(role) for role in usual} == usual)
+
+
+def default_config(method: MethodClass, *, own_data: bool = True) -> dict[str, Any]:
+    """The default configuration with every key, or what the default recipe says of one that has keys to be given.
+
+    Args:
+        method: Its default recipe may hold ``config``, and ``data_config`` for what suits that recipe's small data only.
+        own_data: The data are the default recipe's; with others, ``data_config`` is left out and the method's own
+            defaults hold, which are the paper's.
+    """
     given = dict(method.default_recipe.get("config", {}))
+    if own_data:
+        given = _merge(given, method.default_recipe.get("data_config", {}))
     try:
         values: dict[str, Any] = method.Config.model_validate(given).model_dump(mode="json")
     except ValidationError as error:

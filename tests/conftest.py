@@ -82,6 +82,7 @@ class Toy(Base):
         "teachers": {"teacher": "demo:x"},
         "data": {"train": "digits"},
         "config": {"keep": 0.25},
+        "data_config": {"names": ["digits"]},
     }
 
 

@@ -67,6 +67,15 @@ def test_default_recipe_of_ppcl_is_complete() -> None:
     assert recipe.methods[0].build().name == "ppcl"
 
 
+def test_what_suits_the_default_data_alone_is_left_out_with_others(toy_methods: None) -> None:
+    usual, other = resolve(methods=["toy"]), resolve(methods=["toy"], data=["imagefolder:photos"])
+    own = type(usual.methods[0].build().config)()  # type: ignore[attr-defined]
+    assert usual.methods[0].config["names"] == ["digits"]
+    assert other.methods[0].config["names"] == own.model_dump(mode="json")["names"] != ["digits"]
+    assert usual.methods[0].config["keep"] == other.methods[0].config["keep"] == 0.25
+    assert resolve(methods=["toy"], teachers=["run:mine"]).methods[0].config["names"] == ["digits"]
+
+
 def test_a_resolved_recipe_resolves_to_itself_and_survives_a_file(toy_methods: None, tmp_path: Path) -> None:
     recipe = resolve(methods=["toy", "toy-next"], settings=["part.lr=1e-4", "names=[a, 'on']"], targets=["trt-fp16"])
     recipe.to_yaml(tmp_path / "recipe.yaml")

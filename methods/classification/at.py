@@ -92,7 +92,7 @@ class AT(StudentMethod):
         "teachers": {"teacher": "demo:scenes-cnn"},
         "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
         "data": {"train": "scenes"},
-        "config": {"beta": 20.0},
+        "data_config": {"beta": 20.0},
     }
 
     def phases(self, ctx: Context) -> Phases:

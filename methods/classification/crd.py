@@ -258,7 +258,7 @@ class CRD(StudentMethod):
         "teachers": {"teacher": "demo:scenes-cnn"},
         "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
         "data": {"train": "scenes"},
-        "config": {"negatives": 512, "contrast_weight": 0.05},
+        "data_config": {"negatives": 512, "contrast_weight": 0.05},
     }
 
     def phases(self, ctx: Context) -> Phases:

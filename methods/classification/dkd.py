@@ -134,7 +134,7 @@ class DKD(StudentMethod):
         "teachers": {"teacher": "demo:scenes-cnn"},
         "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
         "data": {"train": "scenes"},
-        "config": {"beta": 1.0},
+        "data_config": {"beta": 1.0},
     }
 
     def phases(self, ctx: Context) -> Phases:

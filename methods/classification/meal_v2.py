@@ -197,7 +197,7 @@ class MealV2(StudentMethod):
         "teachers": {"teacher": ["demo:scenes-cnn?seed=0", "demo:scenes-cnn?seed=1"]},
         "students": {"student": "demo:scenes-cnn-small"},
         "data": {"train": "scenes"},
-        "config": {"optimizer": "adamw", "lr": 3e-3, "schedule": "one-cycle", "steps": 500},
+        "data_config": {"optimizer": "adamw", "lr": 3e-3, "schedule": "one-cycle", "steps": 500},
     }
 
     def phases(self, ctx: Context) -> Phases:

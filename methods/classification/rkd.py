@@ -112,7 +112,7 @@ class RKD(StudentMethod):
         "teachers": {"teacher": "demo:scenes-cnn"},
         "students": {"student": "timm:resnet18?layers=[1,1,1,1],channels=[8,12,16,24]"},
         "data": {"train": "scenes"},
-        "config": {"distance_weight": 1.0, "angle_weight": 2.0},
+        "data_config": {"distance_weight": 1.0, "angle_weight": 2.0},
     }
 
     def phases(self, ctx: Context) -> Phases:

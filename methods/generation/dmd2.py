@@ -261,7 +261,7 @@ class DMD2:
     default_recipe: ClassVar[Mapping[str, Any]] = {
         "teachers": {"teacher": "demo:digits-mmdit"},
         "data": {"train": "digits"},
-        "config": {
+        "data_config": {
             "gan_weight": 0.02,
             "head_weight": 0.1,
             "betas": [0.0, 0.999],
