@@ -26,18 +26,29 @@ def _positions(i: int, size: int, length: int) -> list[tuple[int, int]]:
     return [divmod(position, length) for position in range(i * size, (i + 1) * size)]
 
 
+def _order(generator: np.random.Generator, length: int) -> np.ndarray[Any, Any]:
+    """The permutation that a fresh generator draws; the last few are kept: every batch of an epoch asks for it."""
+    key = (repr(generator.bit_generator.state), length)
+    order = _orders.get(key)
+    if order is None:
+        order = _orders[key] = generator.permutation(length)
+        while len(_orders) > KEPT_ORDERS:
+            _orders.pop(next(iter(_orders)), None)
+    return order
+
+
+KEPT_ORDERS = 4
+_orders: dict[tuple[str, int], np.ndarray[Any, Any]] = {}
+
+
 @dataclass(frozen=True)
 class Shuffled:
     """Every sample once an epoch, in a new order each epoch; batches run on across the epochs' ends."""
 
     def __call__(self, i: int, size: int, length: int, rng: Rng) -> Sequence[int]:
-        orders: dict[int, np.ndarray[Any, Any]] = {}
-        indices = []
-        for epoch, place in _positions(i, size, length):
-            if epoch not in orders:
-                orders[epoch] = rng(epoch).permutation(length)
-            indices.append(int(orders[epoch][place]))
-        return indices
+        positions = _positions(i, size, length)
+        orders = {epoch: _order(rng(epoch), length) for epoch in {epoch for epoch, _ in positions}}
+        return [int(orders[epoch][place]) for epoch, place in positions]
 
 
 @dataclass(frozen=True)
