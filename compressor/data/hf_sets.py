@@ -55,7 +55,7 @@ def _load(directory: Path) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise RequestError("hf: data need the package datasets: pip install datasets") from error
+        raise RequestError("hf: data need the package datasets: pip install 'compressor[hf]'") from error
     if not directory.is_dir():
         raise RequestError(f"hf:{directory}: there is no such directory; save_to_disk of a data set writes one")
     try:
