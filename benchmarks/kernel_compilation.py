@@ -92,6 +92,8 @@ class Report:
         stack_bytes: Local memory of a thread; a frame that nothing loads or stores holds no spilled register.
         spills: Instructions that load or store local memory: spilled registers.
         instructions: SASS instructions by kind, all of them under "all".
+        entries_a_program: Entries of the rows that a program holds, where its listing has no loop; 0 elsewhere.
+        bytes_an_entry: What must move for each of them: student and teacher read, gradient written.
     """
 
     case: str
@@ -103,6 +105,8 @@ class Report:
     stack_bytes: int
     spills: int
     instructions: dict[str, int] = field(default_factory=dict)
+    entries_a_program: int = 0
+    bytes_an_entry: int = 0
 
     @property
     def programs_per_multiprocessor(self) -> int:
@@ -213,7 +217,16 @@ def _report(case: str, launch: Launch, capability: int) -> Report:
         stack_bytes=int(numbers["STACK"]),
         spills=counts["LDL"] + counts["STL"],
         instructions={"all": sum(counts.values())} | {kind: counts[kind] for kind in kinds if counts[kind]},
+        entries_a_program=_entries(launch),
+        bytes_an_entry=3 * launch.arguments["student_ptr"].element_size() if _entries(launch) else 0,
     )
+
+
+def _entries(launch: Launch) -> int:
+    """Entries of the rows that a program of `whole_rows_kernel` holds."""
+    if launch.kernel.__name__ != "whole_rows_kernel":
+        return 0
+    return launch.arguments["ROWS"] * launch.arguments["columns"]
 
 
 def _output(*command: str | Path) -> str:

@@ -48,13 +48,18 @@ class RowTiles:
 # kernels that need more than two tiles at a time.
 _WHOLE_ROW_LIMIT = {family: 16384 for family in FAMILIES}
 _WHOLE_ROW_LIMIT_CROWDED = {family: 8192 for family in FAMILIES}
-# (block, warps) of the loop over longer rows.
-_LONG_ROW = {family: (4096, 8) for family in FAMILIES}
-# Neighbouring rows (a dense map's positions): entries of a tile that holds whole rows, of one that walks them, and how
-# many positions may lie side by side (16 numbers of 2 bytes fill a sector of memory).
+# (block, warps) of the loop over longer rows: 32 entries a thread again. Few rows at a time, so that the second walk
+# finds much of its row in the cache.
+_LONG_ROW = {family: (8192, 8) for family in FAMILIES}
+_LONG_ROW_CROWDED = {family: (4096, 4) for family in FAMILIES}
+# Neighbouring rows (a dense map's positions): entries of a tile that holds whole rows, and how many positions may lie
+# side by side (16 numbers of 2 bytes fill a sector of memory).
 _WHOLE_COLUMN_TILE = 8192
-_COLUMN_TILE = 2048
-_POSITIONS = (64, 32, 16)
+_POSITIONS = (32, 16)
+# (positions, columns, warps) of the loop over longer ones: a thread holds all columns of its positions, so that sums
+# need no other thread.
+_LONG_COLUMNS = (512, 8, 2)
+_LONG_COLUMNS_CROWDED = (256, 4, 1)
 
 
 def row_tiles(family: str, columns: int, rows_are_contiguous: bool, *, crowded: bool = False) -> RowTiles:
@@ -74,12 +79,12 @@ def row_tiles(family: str, columns: int, rows_are_contiguous: bool, *, crowded: 
         for positions in _POSITIONS:
             if positions * block <= (_WHOLE_COLUMN_TILE // 2 if crowded else _WHOLE_COLUMN_TILE):
                 return RowTiles(positions, block, _warps(positions * block * (2 if crowded else 1)), True)
-        return RowTiles(_POSITIONS[0], _COLUMN_TILE // _POSITIONS[0], 4, False)
+        return RowTiles(*(_LONG_COLUMNS_CROWDED if crowded else _LONG_COLUMNS), False)
     limit = _WHOLE_ROW_LIMIT_CROWDED[family] if crowded else _WHOLE_ROW_LIMIT[family]
     if block <= limit:
         rows = max(1, min(64, 1024 // block))
         return RowTiles(rows, block, _warps(rows * block), True)
-    return RowTiles(1, *_LONG_ROW[family], False)
+    return RowTiles(1, *(_LONG_ROW_CROWDED if crowded else _LONG_ROW)[family], False)
 
 
 def _warps(entries: int) -> int:

@@ -76,11 +76,11 @@ def distance_kernel(
     student_sum = tl.zeros((ROWS,), tl.float32)
     teacher_sum = tl.zeros((ROWS,), tl.float32)
     product_sum = tl.zeros((ROWS,), tl.float32)
+    AGAIN: tl.constexpr = WRITE_GRADIENT and not WHOLE
     for start in range(0, BLOCK if WHOLE else columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        within = used[:, None] & (column < columns)[None, :]
-        student = load_tile(student_row, column, student_column, within, 0.0, UNIT, IN_ROWS)
-        teacher = load_tile(teacher_row, column, teacher_column, within, 0.0, UNIT, IN_ROWS)
+        student = load_tile(student_row, column, student_column, columns, exists, used, 0.0, UNIT, IN_ROWS, AGAIN)
+        teacher = load_tile(teacher_row, column, teacher_column, columns, exists, used, 0.0, UNIT, IN_ROWS, AGAIN)
         if MODE == 0:
             difference = student - teacher
             difference_sum += tl.sum(difference * difference, axis=1)
@@ -119,9 +119,8 @@ def distance_kernel(
             column = start + tl.arange(0, BLOCK)
             in_row = (column < columns)[None, :]
             if not WHOLE:
-                within = used[:, None] & in_row
-                student = load_tile(student_row, column, student_column, within, 0.0, UNIT, IN_ROWS)
-                teacher = load_tile(teacher_row, column, teacher_column, within, 0.0, UNIT, IN_ROWS)
+                student = load_tile(student_row, column, student_column, columns, exists, used, 0.0, UNIT, IN_ROWS)
+                teacher = load_tile(teacher_row, column, teacher_column, columns, exists, used, 0.0, UNIT, IN_ROWS)
             if MODE == 0:
                 gradient = (student - teacher) * of_student[:, None]
             else:
@@ -162,7 +161,7 @@ def power_sum_kernel(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         within = exists[:, None] & (column < columns)[None, :]
-        x = load_tile(features_row, column, features_column, within, 0.0, UNIT, IN_ROWS)
+        x = load_tile(features_row, column, features_column, columns, exists, exists, 0.0, UNIT, IN_ROWS)
         powers = x * x if SQUARE else tl.where(within, _power(x, power), 0.0)
         total += tl.sum(powers, axis=1)
     tl.store(sums_ptr + outer * inner + place, total, mask=exists)
@@ -198,7 +197,7 @@ def power_gradient_kernel(
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         within = exists[:, None] & (column < columns)[None, :]
-        x = load_tile(features_row, column, features_column, within, 0.0, UNIT, IN_ROWS)
+        x = load_tile(features_row, column, features_column, columns, exists, exists, 0.0, UNIT, IN_ROWS)
         sign = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
         slope = x if SQUARE else sign * _power(x, power - 1.0)
         gradient = slope * upstream[:, None]

@@ -54,7 +54,10 @@ def scale_rows_kernel(
         for start in range(0, columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             within = exists[:, None] & (column < columns)[None, :]
-            gradient = load_tile(gradient_row, column, gradient_column, within, 0.0, UNIT, IN_ROWS) * factor[:, None]
+            gradient = (
+                load_tile(gradient_row, column, gradient_column, columns, exists, exists, 0.0, UNIT, IN_ROWS)
+                * factor[:, None]
+            )
             store_tile(gradient_row, column, gradient_column, gradient, within, UNIT, IN_ROWS)
 
 

@@ -91,11 +91,10 @@ def whole_rows_kernel(
     if HAS_LABELS:
         ce_scale = tl.load(ce_scale_ptr + row * ce_scale_stride, mask=exists, other=0.0)
         used = used | (ce_scale != 0.0)
-    within = used[:, None] & (column < columns)[None, :]
     student_row = row_starts(student_ptr, outer, place, student_outer, student_inner, UNIT, IN_ROWS)
     teacher_row = row_starts(teacher_ptr, outer, place, teacher_outer, teacher_inner, UNIT, IN_ROWS)
-    student = load_tile(student_row, column, student_column, within, MINUS_INFINITY, UNIT, IN_ROWS)
-    teacher = load_tile(teacher_row, column, teacher_column, within, MINUS_INFINITY, UNIT, IN_ROWS)
+    student = load_tile(student_row, column, student_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS)
+    teacher = load_tile(teacher_row, column, teacher_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS)
 
     to_base_2 = 1.0 / temperature * LOG2_E
     student_max = tl.max(student, axis=1)
@@ -239,12 +238,29 @@ def long_rows_kernel(
     chunks = tl.cdiv(columns, BLOCK)
     for chunk in range(chunks):
         column = chunk * BLOCK + tl.arange(0, BLOCK)
-        within = used[:, None] & (column < columns)[None, :]
         student = load_tile(
-            student_row, column, student_column, within, MINUS_INFINITY, UNIT, IN_ROWS, EVICTION="evict_last"
+            student_row,
+            column,
+            student_column,
+            columns,
+            exists,
+            used,
+            MINUS_INFINITY,
+            UNIT,
+            IN_ROWS,
+            READ_AGAIN=WRITE_GRADIENT or MODE == 2,
         )
         teacher = load_tile(
-            teacher_row, column, teacher_column, within, MINUS_INFINITY, UNIT, IN_ROWS, EVICTION="evict_last"
+            teacher_row,
+            column,
+            teacher_column,
+            columns,
+            exists,
+            used,
+            MINUS_INFINITY,
+            UNIT,
+            IN_ROWS,
+            READ_AGAIN=WRITE_GRADIENT or MODE == 2,
         )
         s_old = s_max
         t_old = t_max
@@ -281,9 +297,30 @@ def long_rows_kernel(
         of_teacher = tl.zeros((ROWS,), tl.float32)
         for step in range(chunks):
             column = (chunks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-            within = used[:, None] & (column < columns)[None, :]
-            student = load_tile(student_row, column, student_column, within, MINUS_INFINITY, UNIT, IN_ROWS)
-            teacher = load_tile(teacher_row, column, teacher_column, within, MINUS_INFINITY, UNIT, IN_ROWS)
+            student = load_tile(
+                student_row,
+                column,
+                student_column,
+                columns,
+                exists,
+                used,
+                MINUS_INFINITY,
+                UNIT,
+                IN_ROWS,
+                READ_AGAIN=WRITE_GRADIENT,
+            )
+            teacher = load_tile(
+                teacher_row,
+                column,
+                teacher_column,
+                columns,
+                exists,
+                used,
+                MINUS_INFINITY,
+                UNIT,
+                IN_ROWS,
+                READ_AGAIN=WRITE_GRADIENT,
+            )
             log_student = _log_probabilities(student, s_shift, s_log_sum, to_base_2)
             log_teacher = _log_probabilities(teacher, t_shift, t_log_sum, to_base_2)
             mixture = _mixture(log_student, log_teacher, log_beta, log_rest)
@@ -304,12 +341,11 @@ def long_rows_kernel(
         for step in range(chunks):
             column = (step if MODE == 2 else chunks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
             in_row = (column < columns)[None, :]
-            within = used[:, None] & in_row
             student = load_tile(
-                student_row, column, student_column, within, MINUS_INFINITY, UNIT, IN_ROWS, EVICTION="evict_first"
+                student_row, column, student_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS
             )
             teacher = load_tile(
-                teacher_row, column, teacher_column, within, MINUS_INFINITY, UNIT, IN_ROWS, EVICTION="evict_first"
+                teacher_row, column, teacher_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS
             )
             log_student = _log_probabilities(student, s_shift, s_log_sum, to_base_2)
             log_teacher = _log_probabilities(teacher, t_shift, t_log_sum, to_base_2)
@@ -329,4 +365,4 @@ def long_rows_kernel(
                 gradient += (p_plain - one_hot) * (ce_weight * ce_scale)[:, None]
             gradient = tl.where(used[:, None], gradient, 0.0)
             writes = exists[:, None] & in_row
-            store_tile(gradient_row, column, gradient_column, gradient, writes, UNIT, IN_ROWS, EVICTION="evict_first")
+            store_tile(gradient_row, column, gradient_column, gradient, writes, UNIT, IN_ROWS)

@@ -66,20 +66,37 @@ def column_offsets(column, stride_column, UNIT: tl.constexpr, IN_ROWS: tl.conste
 
 @triton.jit
 def load_tile(
-    rows, column, stride_column, mask, other, UNIT: tl.constexpr, IN_ROWS: tl.constexpr, EVICTION: tl.constexpr = ""
+    rows,
+    column,
+    stride_column,
+    columns,
+    exists,
+    used,
+    other,
+    UNIT: tl.constexpr,
+    IN_ROWS: tl.constexpr,
+    READ_AGAIN: tl.constexpr = False,
 ):
-    """``(ROWS, BLOCK)`` float32: columns of the rows that start at the pointers."""
+    """``(ROWS, BLOCK)`` float32: columns of the rows that start at the pointers, ``other`` outside and in unused rows.
+
+    Where a row lies together in memory, unused rows are not read. Where neighbours in memory belong to neighbouring
+    rows they are, and dropped then: a mask that differs from row to row would forbid vector loads.
+    READ_AGAIN: whether a later walk reads them once more, so that the cache had better keep them.
+    """
     at = rows[:, None] + column_offsets(column, stride_column, UNIT, IN_ROWS)
-    return tl.load(at, mask=mask, other=other, eviction_policy=EVICTION).to(tl.float32)
+    mask = (used if IN_ROWS else exists)[:, None] & (column < columns)[None, :]
+    if READ_AGAIN:
+        tile = tl.load(at, mask=mask, other=other, eviction_policy="evict_last").to(tl.float32)
+    else:
+        tile = tl.load(at, mask=mask, other=other, eviction_policy="evict_first").to(tl.float32)
+    return tile if IN_ROWS else tl.where(used[:, None], tile, other)
 
 
 @triton.jit
-def store_tile(
-    rows, column, stride_column, value, mask, UNIT: tl.constexpr, IN_ROWS: tl.constexpr, EVICTION: tl.constexpr = ""
-):
-    """Write a tile in the dtype of the pointers."""
+def store_tile(rows, column, stride_column, value, mask, UNIT: tl.constexpr, IN_ROWS: tl.constexpr):
+    """Write a tile in the dtype of the pointers; nothing here reads it again."""
     at = rows[:, None] + column_offsets(column, stride_column, UNIT, IN_ROWS)
-    tl.store(at, value.to(rows.dtype.element_ty), mask=mask, eviction_policy=EVICTION)
+    tl.store(at, value.to(rows.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
 def walk_grid(layout: RowLayout, tiles: RowTiles) -> tuple[int]:
