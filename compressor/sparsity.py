@@ -26,7 +26,8 @@ from compressor.diffusion.rollout import backward_simulation
 from compressor.errors import RequestError
 from compressor.losses.precision import at_least_float32
 from compressor.method import Context, MethodConfig, Needs, Paper
-from compressor.models.edits.sparsity import Weight, fits_pattern, folded, masked_weights, weights_of
+from compressor.models.edits.sparsity import fits_pattern, folded, masked_weights, weights_of
+from compressor.models.edits.weights import Weight
 from compressor.models.model import Model
 from compressor.recipe import parse_sparsity
 from compressor.training.phase import Phases, Step, Train, Update

@@ -29,6 +29,7 @@ from compressor.losses.precision import at_least_float32
 from compressor.losses.surrogate import gradient_as_loss
 from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.models.anatomy.blocks import BlockStack
+from compressor.models.edits.low_rank import adaptable, merged
 from compressor.models.model import Model
 from compressor.training.averaging import Ema
 from compressor.training.curves import linear_warmup
@@ -222,6 +223,10 @@ class DMD2Config(MethodConfig):
     """Whose middle features the classification branch reads: the fake score's (paper) or the frozen teacher's."""
     noise_range: tuple[float, float] = (0.02, 0.98)
     """Share of the noise levels between which distributions are matched; the other losses take all levels."""
+    lora_rank: int | None = Field(None, ge=1)
+    """Train low-rank adapters of the generator instead of its weights (SDXL: 64); they are merged at the end."""
+    lora_alpha: float = Field(8.0, gt=0)
+    """Scale of the adapters, over their rank."""
     batch: int = Field(32, ge=1)
     """Samples an iteration and process."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -278,7 +283,8 @@ class DMD2:
     def phases(self, ctx: Context) -> Phases:
         """Match distributions, then match them with the GAN, each with optimisers of its own."""
         task: Any = ctx.task
-        config, teacher, student = self.config, ctx.teacher(), ctx.student(like=ctx.teacher())
+        config, teacher = self.config, ctx.teacher()
+        student = self._adapted(ctx.student(like=teacher))
         self._ctx, self._shape, self._view, self._classes = ctx, task.info.shape, task.view, len(task.info.classes)
         self._real, self._generator, self._fake = Denoiser(teacher), Denoiser(student), Denoiser(teacher.copy())
         self._table = task.conditions(teacher)
@@ -300,6 +306,7 @@ class DMD2:
             yield self._train_on_pairs(pairs)
         yield self._train("match", config.match, gan=False)
         yield self._train("adversarial", config.adversarial, gan=True)
+        self._student = merged(self._student)
 
     def student(self) -> Model:
         """The generator."""
@@ -310,6 +317,16 @@ class DMD2:
     def deployables(self, ctx: Context) -> dict[str, Deployable]:
         """The generator with its few-step sampler around it."""
         return {"student": ctx.task.deployable(self.student())}
+
+    def _adapted(self, student: Model) -> Model:
+        """The generator, with adapters if the configuration wants them."""
+        rank = self.config.lora_rank
+        if rank is None:
+            return student
+        weights = adaptable(student.module, rank)
+        if not weights:
+            raise RequestError(f"dmd2.lora_rank is {rank}, no weight of the generator is larger than such an adapter")
+        return student.edit("low-rank.adapt", rank=rank, alpha=self.config.lora_alpha, weights=weights)
 
     # -- warm start --
 
@@ -347,7 +364,7 @@ class DMD2:
                 self._ema.update()
 
         options = {"betas": config.betas, "weight_decay": config.weight_decay}
-        parameters = self._generator.parameters()
+        parameters = _trainable(self._generator)
         optim = Optim(parameters, lr=start.lr, options=options, clip_norm=config.clip_norm)
         state: dict[str, Any] = {"generator": self._generator} | ({} if self._ema is None else {"ema": self._ema})
         modes: Any = [(self._generator, "eval")]
@@ -437,7 +454,7 @@ class DMD2:
         schedule = linear_warmup(min(stage.warmup, stage.steps // 2))
 
         def optim(module: nn.Module, lr: float) -> Optim:
-            return Optim(module.parameters(), lr=lr, options=options, schedule=schedule, clip_norm=config.clip_norm)
+            return Optim(_trainable(module), lr=lr, options=options, schedule=schedule, clip_norm=config.clip_norm)
 
         trained = nn.ModuleList([self._fake, self._head]) if gan else self._fake
         streams = {}
@@ -477,6 +494,11 @@ class DMD2:
 
     def _uniform(self, i: int, tag: str) -> Tensor:
         return self._ctx.uniform(i, self.config.batch, tag).to(self._ctx.device)
+
+
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
+    """What adapters leave to be trained; all parameters where there are none."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 METHOD = DMD2

@@ -324,6 +324,37 @@ def test_one_step_generator_is_called_at_the_timestep_that_is_set(tmp_path: Path
     assert deployable.assets["timesteps"].tolist() == [399]
 
 
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "ema"), [(QWEN, None), ("text", 0.5)])
+def test_adapters_alone_are_trained_and_merged_into_plain_weights(tmp_path: Path, name: str, ema: float | None) -> None:
+    teacher = teacher_model(name)
+    before = weights(teacher)
+    trained = train(tmp_path / "run", teacher, lora_rank=2, ema=ema)
+    generator, student = trained.method._generator.module, trained.method.student()
+    assert {path.rpartition(".")[2] for path, p in generator.named_parameters() if p.requires_grad} == {"up", "down"}
+    after = weights(student)
+    assert set(after) == set(before) and student.info.edits == ()
+    changed = {path for path in after if not torch.equal(after[path], before[path])}
+    assert changed and all(after[path].dim() > 1 for path in changed)
+    deltas = [after[path].flatten(1) - before[path].flatten(1) for path in changed]
+    assert all(torch.linalg.matrix_rank(delta, rtol=1e-3) <= 2 for delta in deltas)
+    save_model(student, tmp_path / "student")
+    assert all(torch.equal(value, after[key]) for key, value in weights(load_model(tmp_path / "student")).items())
+
+
+def test_training_of_adapters_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
+    make: Callable[..., Trained] = lambda directory, **more: train(  # noqa: E731
+        tmp_path / directory, teacher_model(), lora_rank=2, **more
+    )
+    whole = make("whole").method.student()
+    with pytest.raises(Killed):
+        make("killed", kill_at=("match", 2), checkpoints=True)
+    resumed = weights(make("killed").method.student())
+    assert all(torch.equal(value, resumed[name]) for name, value in weights(whole).items())
+
+
 # --- what is left behind ---------------------------------------------------------------------------------------------
 
 
@@ -399,6 +430,7 @@ def test_exported_student_draws_what_torch_draws(tmp_path: Path) -> None:
         ({"conditioning_timestep": 399}, "conditioning_timestep is for one-step generators"),
         ({"num_steps": 1, "conditioning_timestep": 1000}, "conditioning_timestep must be below 1000, not 1000"),
         ({"warm_start": {"steps": 1}}, "warm_start is for one-step generators"),
+        ({"lora_rank": 4096}, "no weight of the generator is larger than such an adapter"),
         ({"num_steps": 2000}, "num_inference_steps must be in 1..1000"),
     ],
 )

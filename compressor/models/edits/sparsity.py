@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressor.errors import ModelError, RequestError
+from compressor.models.edits.weights import Weight, fold_layer, layer_weights, parametrisations
 from compressor.models.model import Model, edit
 from compressor.recipe import parse_sparsity
 
 __all__ = [
     "SparsityMask",
-    "Weight",
     "fits_pattern",
     "fold",
     "folded",
@@ -127,65 +126,14 @@ class SparsityMask(nn.Module):
         return weight * self.mask
 
 
-@dataclass(frozen=True)
-class Weight:
-    """A weight that can be sparse.
-
-    Attributes:
-        name: Its path in the module, without what a parametrisation adds.
-        owner: The layer.
-        attribute: Its name in the layer.
-    """
-
-    name: str
-    owner: nn.Module
-    attribute: str
-
-    @property
-    def value(self) -> Tensor:
-        """The weight as the layer uses it."""
-        found: Tensor = getattr(self.owner, self.attribute)
-        return found
-
-    @property
-    def layer(self) -> str:
-        """The layer's path."""
-        return self.name.removesuffix(self.attribute).rstrip(".")
-
-
-# Layers that use their weight as it stands. Others (weight standardisation, for one) would make zeros into something
-# else, so a class has to be known.
-_PLAIN_LAYERS = ("Linear", "NonDynamicallyQuantizableLinear", "Conv1d", "Conv2d", "Conv3d", "Conv2dSame")
-
-
 def weights_of(module: nn.Module) -> Iterator[Weight]:
-    """The weights of linear and convolution layers, and the joint projections of PyTorch's own attention, in order.
-
-    A weight that something else parametrises already is left out.
-    """
-    for path, layer in module.named_modules():
-        prefix = f"{path}." if path else ""
-        kind = type(layer).__name__.removeprefix("Parametrized")
-        if kind in _PLAIN_LAYERS and isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd)):
-            attribute = "weight"
-        elif kind == "MultiheadAttention" and getattr(layer, "in_proj_weight", None) is not None:
-            attribute = "in_proj_weight"
-        else:
-            continue
-        if all(isinstance(one, SparsityMask) for one in _parametrisations(layer, attribute)):
-            yield Weight(prefix + attribute, layer, attribute)
+    """The weights that a mask may lie on, or lies on already; those that something else parametrises are left out."""
+    return layer_weights(module, SparsityMask)
 
 
 def masked_weights(module: nn.Module) -> list[Weight]:
     """The weights that a mask is on."""
-    return [weight for weight in weights_of(module) if _parametrisations(weight.owner, weight.attribute)]
-
-
-def _parametrisations(layer: nn.Module, attribute: str) -> list[nn.Module]:
-    if not parametrize.is_parametrized(layer, attribute):
-        return []
-    parametrisations: Any = layer.parametrizations
-    return list(parametrisations[attribute])
+    return [weight for weight in weights_of(module) if parametrisations(weight.owner, weight.attribute)]
 
 
 @edit("sparsity.mask")
@@ -215,21 +163,8 @@ def fold(module: nn.Module) -> nn.Module:
         return module
     plain = copy.deepcopy(module)
     for layer in {id(weight.owner): weight.owner for weight in masked_weights(plain)}.values():
-        _fold_layer(layer)
+        fold_layer(layer)
     return plain
-
-
-def _fold_layer(layer: Any) -> None:
-    """Make a layer's parametrised weights parameters again.
-
-    PyTorch's own removal deletes properties of the layer's class, which a copy shares with what it was copied from.
-    """
-    values = {name: getattr(layer, name).detach().clone() for name in layer.parametrizations}
-    needed = {name: layer.parametrizations[name].original.requires_grad for name in values}
-    del layer.parametrizations
-    layer.__class__ = type(layer).__bases__[0]
-    for name, value in values.items():
-        layer.register_parameter(name, nn.Parameter(value, needed[name]))
 
 
 def folded(model: Model) -> Model:
