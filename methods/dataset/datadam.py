@@ -185,9 +185,9 @@ class DataDAM(StudentMethod):
     Config: ClassVar[type[MethodConfig]] = DataDAMConfig
     default_recipe: ClassVar[Mapping[str, Any]] = {
         "data": {"train": "digits:16"},
-        "config": {
-            "images_per_class": 10,
+        "data_config": {
             "match": {"steps": 500},
+            "power": 1.0,
             "width": 32,
             "augment": ["crop", "scale", "rotate"],
             "clip": True,
@@ -199,7 +199,6 @@ class DataDAM(StudentMethod):
         super().__init__(config)
         self.notes: list[str] = []
         self._images: SyntheticImages | None = None
-        self._info: DataInfo | None = None
 
     @property
     def images(self) -> SyntheticImages:
@@ -212,7 +211,7 @@ class DataDAM(StudentMethod):
         """Choose what the images start as, match, train the student on them."""
         config: DataDAMConfig = self.config
         dataset = ctx.dataset("train")
-        info = self._info = dataset.info
+        info = dataset.info
         labels = check_images_per_class(dataset, config.images_per_class if config.init != "noise" else 1)
         student, own = self._new_student(ctx, info)
         start = yield Compute(
@@ -230,7 +229,7 @@ class DataDAM(StudentMethod):
             student.model.info.extra.update(mean=start["mean"].tolist(), std=start["std"].tolist())
         yield self._matching(ctx, info, labels, images)
         self._note_clipping(images)
-        yield self._training(ctx, info, images, Classifier(student.model))
+        yield self.student_phase(ctx, student)
 
     def _new_student(self, ctx: Context, info: DataInfo) -> tuple[Classifier, bool]:
         """The student that the user named, else the ConvNet; and whether it is the latter.
@@ -328,11 +327,19 @@ class DataDAM(StudentMethod):
 
     # -- the student --
 
-    def _training(self, ctx: Context, info: DataInfo, images: SyntheticImages, student: Classifier) -> Train:
+    def student_phase(self, ctx: Context, student: Classifier, name: str = "student") -> Train:
+        """The training of a classifier on the images, the method's own student or a further one.
+
+        Args:
+            ctx: The context.
+            student: Fits the data.
+            name: Of the phase; its batches depend on it.
+        """
         config: DataDAMConfig = self.config
+        images, info = self.images, ctx.dataset("train").info
         dataset = images.dataset(info)
         training = config.student.model_copy(update={"batch": max(2, min(config.student.batch, len(dataset)))})
-        stream = make_stream(ctx, training, tag="student", dataset=dataset)
+        stream = make_stream(ctx, training, tag=name, dataset=dataset)
         operations = self._operations(info)
 
         def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
@@ -341,8 +348,8 @@ class DataDAM(StudentMethod):
             logits = student(images.pixels(shown))
             yield Update("student", {"cross_entropy": label_loss(logits, batch["label"])})
 
-        phase = train_phase("student", training, stream, step, student, [])
-        phase.key = [operations, training.augment]
+        phase = train_phase(name, training, stream, step, student, [])
+        phase.key = [operations, training.augment, student.model.info.architecture, student.model.info.config]
         return phase
 
     def _note_clipping(self, images: SyntheticImages) -> None:
@@ -360,9 +367,7 @@ class DataDAM(StudentMethod):
     def deployables(self, ctx: Context) -> dict[str, Deployable]:
         """The student; beside it the distilled set as tensors, as a folder of pictures and as a sheet."""
         deployable: Deployable = ctx.task.deployable(self.student())
-        info, images = self._info, self.images
-        if info is None:
-            raise RuntimeError("the phases have not run")
+        info, images = ctx.dataset("train").info, self.images
         pixels, labels = images.pixels(images.images.detach()).cpu().numpy(), images.labels.cpu().numpy()
         deployable.results["distilled.safetensors"] = partial(
             write_tensors, images=pixels, labels=labels, classes=info.classes
