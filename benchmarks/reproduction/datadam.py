@@ -12,10 +12,10 @@ which keep statistics for the test, would.
 - datadam:    the same with the attention maps, whose power is the official script's, 1 (the paper's 4 with --power 4)
 - whole set:  all real images, in batches of 64; the ceiling
 
-The two that are trained take 120 steps of 32 real images a class, from the random images of the first arm, each with the
-learning rate of the pixels that was best for it on a sixth of the training set, with another seed. The measure is top-1,
-the mean over three networks a set. Whether the claims hold is written beside the numbers, whatever the answer. Results
-go to ``benchmarks/results/reproduction.json``.
+The two that are trained take 120 steps of 32 real images a class, from the random images of the first arm, each with
+the learning rate of the pixels that was best for it on a sixth of the training set, with another seed. The measure is
+top-1, the mean over three networks a set. Whether the claims hold is written beside the numbers, whatever the answer.
+Results go to ``benchmarks/results/reproduction.json``.
 """
 
 from __future__ import annotations
