@@ -1,22 +1,35 @@
-"""Open an exported artifact: read and check its manifest, load its graphs, build the driver around them."""
+"""Open a bundle or an artifact: read and check its manifest, load its graphs, build the driver around them."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import pkgutil
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import ArtifactError, RequestError, TargetError, nearest
-from compressor.runtimes.manifest import GraphEntry, Manifest, check_relative_path, read_assets, read_manifest
+from compressor.errors import ArtifactError, CompressorError, RequestError, TargetError, nearest
+from compressor.runtimes.bundle import unpack
+from compressor.runtimes.loaded_model import DRIVER_FAULTS, LoadedModel
+from compressor.runtimes.manifest import (
+    MANIFEST_FILE,
+    GraphEntry,
+    Manifest,
+    check_relative_path,
+    read_assets,
+    read_manifest,
+)
 from compressor.runtimes.runtime import Array, Driver, Runtime
 
 __all__ = ["Named", "driver_class", "driver_names", "load", "load_graphs", "open_graph", "runtime_options"]
 
 _DRIVER_GROUP = "compressor.drivers"
+_LARGEST_PORT = 2**28
+"""Elements that the fixed sizes of one input or output of a driver may ask for."""
 
 
 def open_graph(path: Path | str, runtime: str, options: Mapping[str, Any] | None = None) -> Runtime:
@@ -47,26 +60,52 @@ def open_graph(path: Path | str, runtime: str, options: Mapping[str, Any] | None
     raise RequestError(f"no runtime {runtime!r}: {nearest(runtime, known)}")
 
 
-def load(directory: Path | str, options: Mapping[str, Any] | None = None) -> Driver:
-    """Load an artifact and return its driver, ready to call.
+def load(path: Path | str, options: Mapping[str, Any] | None = None) -> LoadedModel:
+    """Load a bundle or an artifact, ready to call.
 
     Args:
-        directory: The artifact's folder.
+        path: A bundle (.zip), or an artifact's folder. A bundle is unpacked to a private temporary folder while the
+            engine reads it.
         options: Replace the target's own: ``threads``, ``device``, ``providers``, ...
 
     Raises:
-        ArtifactError: The artifact is damaged or changed.
+        ArtifactError: It is damaged or changed.
         TargetError: Its engine does not run here; the message says why.
     """
-    folder = Path(directory)
-    manifest = read_manifest(folder)
-    driver = driver_class(manifest.driver.name)
+    path = Path(path)
+    if path.is_dir():
+        if not (path / MANIFEST_FILE).is_file() and (path / "artifacts").is_dir():
+            raise RequestError(f"{path} is a run: load one of the folders in {path / 'artifacts'}, or a bundle of it")
+        return _load_folder(path, read_manifest(path), options)
+    with unpack(path) as (folder, manifest):
+        try:
+            return _load_folder(folder, manifest, options)
+        except CompressorError as error:  # the folder will be gone; what the user has is the bundle
+            raise type(error)(str(error).replace(str(folder), str(path))) from error
+
+
+def _load_folder(folder: Path, manifest: Manifest, options: Mapping[str, Any] | None) -> LoadedModel:
+    name, opened = manifest.driver.name, ExitStack()
+    driver = driver_class(name)
     assets = read_assets(folder, manifest)
-    graphs = load_graphs(folder, manifest, options)
     try:
-        return driver(graphs, manifest.driver.settings, assets)
-    except KeyError as error:
-        raise ArtifactError(f"{folder}: the driver {manifest.driver.name!r} misses {error} in the artifact") from error
+        graphs = load_graphs(folder, manifest, options)
+        for graph in graphs.values():
+            opened.callback(graph.close)
+        built = driver(graphs, manifest.driver.settings, assets)
+        _check_ports(built)
+        return LoadedModel(built, manifest, opened.close)
+    except DRIVER_FAULTS as error:
+        opened.close()
+        reason = f"misses {error}" if isinstance(error, KeyError) else f"cannot use {' '.join(str(error).split())}"
+        raise ArtifactError(f"{folder}: the driver {name!r} {reason} in the artifact") from error
+
+
+def _check_ports(driver: Driver) -> None:
+    for port in (*driver.inputs, *driver.outputs):
+        fixed = [size for size in port.shape if not isinstance(size, str)]
+        if any(size < 0 for size in fixed) or math.prod(fixed) > _LARGEST_PORT:
+            raise ValueError(f"the shape {tuple(port.shape)} of {port.name!r}")
 
 
 def load_graphs(folder: Path, manifest: Manifest, options: Mapping[str, Any] | None = None) -> dict[str, Named]:

@@ -55,12 +55,14 @@ class Port:
         kind: What it means: "label", "image", "scores", "boxes", "mask", "tokens", ...
         shape: Sizes; a string names a free axis.
         dtype: numpy's name of the element type.
+        value_range: Of an image: the values of black and white. None where it is no picture (latents).
     """
 
     name: str
     kind: str
     shape: tuple[int | str, ...]
     dtype: str
+    value_range: tuple[float, float] | None = (0.0, 1.0)
 
 
 class Driver(Protocol):

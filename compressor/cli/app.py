@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from compressor import __version__
-from compressor.cli import catalogue, doctor, run, steps, targets
+from compressor.cli import catalogue, deploy, doctor, run, steps, targets
 from compressor.cli.terminal import Terminal, tell_error
 from compressor.errors import CompressorError, RequestError
 from compressor.log import process_rank
@@ -38,6 +38,8 @@ app.command("run", rich_help_panel="Run")(run.run)
 app.command("export", rich_help_panel="Steps on their own")(steps.export)
 app.command("bench", rich_help_panel="Steps on their own")(steps.bench)
 app.command("report", rich_help_panel="Steps on their own")(steps.report)
+app.command("bundle", rich_help_panel="Steps on their own")(deploy.bundle)
+app.command("infer", rich_help_panel="Steps on their own")(deploy.infer)
 app.command("methods", rich_help_panel="What there is")(catalogue.methods)
 app.command("targets", rich_help_panel="What there is")(targets.targets)
 app.command("recipe", rich_help_panel="What there is")(catalogue.recipe)

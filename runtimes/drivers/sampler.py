@@ -60,7 +60,9 @@ class Sampler:
             self.signal, self.sigma = kept**0.5, (1 - kept) ** 0.5
         self.guidance = float(settings.get("guidance_scale", 1.0))
         self.inputs = (Port("label", "label", ("batch",), "int64"),)
-        self.outputs = (Port("image", "image", ("batch", *self.shape), "float32"),)
+        limit = settings.get("clip")
+        pixels = None if limit is None else (-float(limit), float(limit))
+        self.outputs = (Port("image", "image", ("batch", *self.shape), "float32", value_range=pixels),)
 
     def __call__(self, inputs: Mapping[str, Array], seed: int = 0) -> dict[str, Array]:
         condition, empty = self._conditions(inputs)

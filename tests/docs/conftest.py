@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from .documents import EXAMPLE, ROOT, Document, run_python
+from .documents import EXAMPLE, ROOT, Document, run_command, run_python
 
 
 @pytest.fixture(scope="session")
@@ -22,7 +22,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator[Path]:
-    """What a reader of `docs/data.md` has made, and a finished run at ``runs/ppcl-digits``."""
+    """What a reader of `docs/data.md` has made, a finished run at ``runs/ppcl-digits``, and its bundle."""
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -30,6 +30,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Iterator
         patch.setenv("COMPRESSOR_CACHE", str(cache))
         run_python(Document(ROOT / "docs" / "data.md"))
         _finished_run(folder / "runs" / "ppcl-digits")
+        run_command("compress bundle runs/ppcl-digits", "")
         yield folder
 
 

@@ -1,0 +1,102 @@
+"""Artifacts of tiny ONNX graphs, written without torch: what the tests of bundles take apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from compressor.atomic import write_json
+from compressor.runtimes.manifest import (
+    ASSETS_FILE,
+    MANIFEST_FILE,
+    Assets,
+    DriverEntry,
+    Engine,
+    GraphEntry,
+    Manifest,
+    hash_file,
+)
+from compressor.runtimes.runtime import TensorSpec
+
+TARGET = {
+    "name": "ort-fp32", "runtime": "onnxruntime", "precision": "fp32", "device": "cpu", "options": {"threads": 1},
+    "batch": {"min": 1, "opt": 1, "max": 16},
+}  # fmt: skip
+LABELS = ["dark", "left", "bright"]
+
+
+def classifier(folder: Path, **metadata: Any) -> Path:
+    """Three classes of gray 4x4 pictures: dark, bright on the left alone, bright all over."""
+    weights = np.zeros((16, 3), np.float32)
+    weights[:, 2] = 1.0
+    left = np.tile([1.0, 1.0, -1.0, -1.0], 4).astype(np.float32)
+    weights[:, 1] = 1.4 * left
+    bias = np.array([1.0, 0.0, -6.0], np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("Gemm", ["flat", "weights", "bias"], ["logits"]),
+    ]
+    settings = {"mean": [0.0], "std": [1.0], "shape": [1, 4, 4], "classes": 3, "labels": LABELS}
+    ports = {"image": ("batch", 1, 4, 4)}, {"logits": ("batch", 3)}
+    return _write(folder, "classifier", nodes, ports, {"weights": weights, "bias": bias}, "predict", settings, metadata)
+
+
+def generator(folder: Path, clip: float | None = 1.0, **metadata: Any) -> Path:
+    """One step; whatever the noise, label k gives its row of the table: black, gray, white, half and half."""
+    nodes = [
+        helper.make_node("Mul", ["sample", "zero"], ["nothing"]),
+        helper.make_node("Sub", ["nothing", "row"], ["wanted"]),
+        helper.make_node("Add", ["sample", "wanted"], ["prediction"]),
+    ]
+    ports = (
+        {"sample": ("batch", 1, 2, 2), "timestep": ("batch",), "row": ("batch", 1, 2, 2)},
+        {"prediction": ("batch", 1, 2, 2)},
+    )
+    table = np.array([[-1, -1, -1, -1], [0, 0, 0, 0], [1, 1, 1, 1], [-1, 1, -1, 1]], np.float32).reshape(4, 1, 2, 2)
+    assets = {
+        "timesteps": np.array([1000.0], np.float32),
+        "levels": np.array([1.0, 0.0]),
+        "condition.row": table,
+    }
+    settings = {"rule": "euler", "prediction_type": "flow", "shape": [1, 2, 2], "guidance_scale": 1.0, "clip": clip}
+    weights = {"zero": np.zeros((), np.float32)}
+    return _write(folder, "denoiser", nodes, ports, weights, "sampler", settings, metadata, assets)
+
+
+def _write(
+    folder: Path,
+    name: str,
+    nodes: list[Any],
+    ports: tuple[dict[str, Any], dict[str, Any]],
+    weights: dict[str, np.ndarray],
+    driver: str,
+    settings: dict[str, Any],
+    metadata: dict[str, Any],
+    assets: dict[str, np.ndarray] | None = None,
+) -> Path:
+    folder.mkdir(parents=True)
+    values = [[helper.make_tensor_value_info(n, TensorProto.FLOAT, list(s)) for n, s in side.items()] for side in ports]
+    graph = helper.make_graph(nodes, name, *values, [numpy_helper.from_array(v, n) for n, v in weights.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.save(model, str(folder / f"{name}.onnx"))
+    if assets:
+        np.savez(folder / ASSETS_FILE, **assets)
+    inputs, outputs = (tuple(TensorSpec(n, s, "float32") for n, s in side.items()) for side in ports)
+    entry = GraphEntry(
+        file=f"{name}.onnx", sha256=hash_file(folder / f"{name}.onnx"), bytes=(folder / f"{name}.onnx").stat().st_size,
+        precision="fp32", inputs=inputs, outputs=outputs, opset=20,
+    )  # fmt: skip
+    manifest = Manifest(
+        target=TARGET,
+        engine=Engine(name="onnxruntime", version="any"),
+        driver=DriverEntry(name=driver, settings=settings),
+        graphs={name: entry},
+        assets=Assets(file=ASSETS_FILE, sha256=hash_file(folder / ASSETS_FILE)) if assets else Assets(),
+        metadata=metadata,
+    )
+    write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
+    return folder
