@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
 
 from compressor.atomic import write_json
 from compressor.context import RunContext
@@ -78,6 +79,20 @@ def in_engine(phases: Phases, randomness: Randomness) -> Marks:
     return marks
 
 
+class Pairs(TorchDataset[tuple[Tensor, int]]):
+    """The samples of a set as PyTorch's loader takes them."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, int]:
+        sample = self.dataset[k]
+        return torch.from_numpy(sample["image"]), int(sample["label"])
+
+
 def in_bare_loop(
     steps: int,
     dataset: Dataset,
@@ -88,10 +103,7 @@ def in_bare_loop(
     clip_norm: float | None,
 ) -> Marks:
     """When a plain loop begins each step."""
-    samples = [dataset[k] for k in range(len(dataset))]
-    images = torch.stack([torch.from_numpy(sample["image"]) for sample in samples])
-    labels = torch.tensor([int(sample["label"]) for sample in samples])
-    loader = DataLoader(TensorDataset(images, labels), BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(Pairs(dataset), BATCH, shuffle=True, drop_last=True)
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
     marks: Marks = []
