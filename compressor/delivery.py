@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import math
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,19 +41,18 @@ def _name(made: Made, deployable: str, target: str) -> str:
 
 
 def export_all(work: Work, made: Made, only: Sequence[str] = ()) -> list[Path]:
-    """Export every deployable to every target, and the teacher to those that run here."""
+    """Export every deployable to every target, and what it is compared with to those that run here."""
     from compressor.profiles.target import availability
 
     paths = []
     targets = work.recipe.load_targets()
     for name, deployable in made.deployables.items():
         paths += [_export(work, deployable, target, _name(made, name, target.name)) for target in targets]
-    reference = work.reference
-    if reference is not None and not made.label:
-        deployable = work.task.deployable(reference)
+    for label, model in {} if made.label else work.references.items():
+        deployable = work.task.deployable(model)
         for target in targets:
             if availability(target).can_run:
-                _export(work, deployable, target, f"teacher/{target.name}")
+                _export(work, deployable, target, f"{label}/{target.name}")
     return [path for path in paths if path is not None]
 
 
@@ -96,13 +93,11 @@ def _export(work: Work, deployable: Deployable, target: Target, name: str) -> Pa
 
 
 def _measure(work: Work, made: Made) -> None:
-    """Quality of teacher, student and every engine; sizes; latency side by side."""
-    models = {"student": (made.student, next(iter(made.deployables.values())))}
-    if work.reference is not None:
-        models = {"teacher": (work.reference, work.task.deployable(work.reference)), **models}
-    for name, (model, deployable) in models.items():
-        _measure_model(work, name, model, deployable)
-    names = [*_artifacts(work, "teacher/"), *_artifacts(work, "")]
+    """Quality of teachers, links, student and every engine; sizes; latency side by side."""
+    for name, model in work.references.items():
+        _measure_model(work, name, model, work.task.deployable(model))
+    _measure_model(work, "student", made.student, next(iter(made.deployables.values())))
+    names = [*(one for label in work.references for one in _artifacts(work, f"{label}/")), *_artifacts(work, "")]
     for name in names:
         _measure_engine(work, name)
     _benchmark(work, names, next(iter(made.deployables.values())), "benchmark")
@@ -148,7 +143,9 @@ def _batch(work: Work) -> int:
 
 
 def _measure_model(work: Work, name: str, model: Model, deployable: Deployable) -> None:
-    from compressor.measurement import block_parameters, macs_per_sample, quality, torch_driver
+    from compressor.measurement import block_parameters, calls_per_request, macs_per_sample, quality, torch_driver
+    from compressor.models.edits.sparsity import folded
+    from compressor.profiles.size import share_of_zeros
 
     evaluation = work.recipe.evaluation
     mark = fingerprint(
@@ -158,13 +155,15 @@ def _measure_model(work: Work, name: str, model: Model, deployable: Deployable) 
         if stage.finished:
             return
         model.module.cpu().eval()
-        task = work.judged()
+        task, plain = work.judged(), folded(model).module
         driver = torch_driver(deployable)
         stage.facts |= {
             "parameters": model.parameter_count(),
             "block_parameters": block_parameters(model),
-            "bytes": sum(value.numel() * value.element_size() for value in model.module.state_dict().values()),
+            "zeros": share_of_zeros(plain),
+            "bytes": sum(value.numel() * value.element_size() for value in plain.state_dict().values()),
             "macs": macs_per_sample(deployable),
+            "calls": calls_per_request(deployable, task),
             "metrics": _finite(quality(task, driver, evaluation, _batch(work))),
         }
         pictures = getattr(task, "pictures", None)
@@ -262,5 +261,5 @@ def write_report(work: Work, made: Made | None = None) -> Path:
     if made is not None:
         work.folder.mark("notes", "done", facts={"notes": made.notes})
     report: Report = make_report(work.recipe, work.folder, work.task, notes)
-    report.command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    report.command = work.folder.command
     return report.save(work.folder.report)

@@ -20,8 +20,8 @@ from compressor.runtimes.runtime import Array, Driver, Run
 from compressor.tasks.task import Task
 
 __all__ = [
-    "Candidate", "LoadedEngine", "TorchEngine", "block_parameters", "compare_latency", "load_engine", "macs_per_sample",
-    "measure_latency", "quality", "torch_driver",
+    "Candidate", "LoadedEngine", "TorchEngine", "block_parameters", "calls_per_request", "compare_latency",
+    "load_engine", "macs_per_sample", "measure_latency", "quality", "torch_driver",
 ]  # fmt: skip
 
 
@@ -46,6 +46,13 @@ def macs_per_sample(deployable: Deployable) -> int:
         batch = next(iter(graph.inputs.values())).shape[0]
         total += macs(graph.module, graph.inputs) // batch
     return total
+
+
+def calls_per_request(deployable: Deployable, task: Task) -> int:
+    """How often the driver calls its graphs for one request: a sampler does once a step, twice under guidance."""
+    from compressor.exporters.record import record_inputs
+
+    return sum(map(len, record_inputs(deployable, [task.request(1)], limit=10_000).values()))
 
 
 def block_parameters(model: Model) -> int | None:
@@ -129,7 +136,7 @@ def measure_latency(
     wanted = {name: _batches(engine.target, settings) for name, engine in engines.items()}
     for batch in sorted({batch for sizes in wanted.values() for batch in sizes}):
         able = {name: engine for name, engine in engines.items() if batch in wanted[name]}
-        for graph in sorted({graph for engine in able.values() for graph in engine.graphs}):
+        for graph in sorted({graph for engine in able.values() for graph in engine.graphs if graph in inputs}):
             batched = {key: value.repeat(batch, axis=0) for key, value in inputs[graph].items()}
             calls = {n: _graph_call(e, graph, batched) for n, e in able.items() if graph in e.graphs}
             measured = measure_interleaved(calls, rounds=settings.rounds, budget_seconds=settings.seconds)
@@ -160,8 +167,18 @@ def _request_call(driver: Driver, request: Mapping[str, Array]) -> Callable[[], 
     return lambda: driver(request, seed=0)
 
 
-def compare_latency(results: Mapping[str, Any], reference: str, student: str, target: str) -> list[Comparison]:
-    """Ratios of the reference's latency to the student's, per call and per request; above 1 the student is faster."""
+def compare_latency(
+    results: Mapping[str, Any], reference: str, student: str, target: str, names: tuple[str, str]
+) -> list[Comparison]:
+    """Ratios of the reference's latency to the student's, per call and per request; above 1 the student is faster.
+
+    Args:
+        results: Of `measure_latency`.
+        reference: An engine of them.
+        student: Another.
+        target: What both were built for.
+        names: What the two models are called in the report.
+    """
     found = []
     pairs = [(f"latency of one call of {graph}", graph) for graph in results[student]["latency"]]
     for what, graph in [("latency", None), *pairs]:
@@ -173,8 +190,8 @@ def compare_latency(results: Mapping[str, Any], reference: str, student: str, ta
                 found.append(
                     Comparison(
                         what=what,
-                        a="teacher",
-                        b="student",
+                        a=names[0],
+                        b=names[1],
                         ratio=between.value,
                         low=between.low,
                         high=between.high,

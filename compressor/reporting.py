@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from compressor.chain import link_names
 from compressor.errors import ArtifactError
 from compressor.profiles.latency import Latency
 from compressor.profiles.machine import describe_machine
@@ -20,6 +22,7 @@ from compressor.profiles.report import (
     Report,
     SampleSheet,
     TaskInfo,
+    is_teacher,
 )
 from compressor.recipe import Recipe
 from compressor.results import result_lines, result_sheets
@@ -41,6 +44,8 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
     engines = [_engine(folder, name, evaluated.get(name, {}), timings.get(name, {})) for name in artifacts]
     models = [_model(name, facts) for name, facts in evaluated.items() if "macs" in facts]
     figures = [MetricInfo(**vars(figure)) for figure in _figures(task, models)]
+    links = link_names(recipe)
+    ladder = [m.name for m in models if is_teacher(m.name) or m.name in (*links, "student")] if links else []
     method = " + ".join(entry.name for entry in recipe.methods)
     return Report(
         title=f"{method} on {', '.join(recipe.data.values())}",
@@ -49,8 +54,9 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
         task=TaskInfo(name=task.name, metrics=figures),
         models=models,
         engines=engines,
-        comparisons=_comparisons(timings),
-        curve=_curve(models, engines),
+        ladder=ladder,
+        comparisons=_comparisons(timings, [model.name for model in models], recipe),
+        curve=_curve(models, engines, links),
         training=_training(folder.checkpoints / "history.json"),
         samples=[*_samples(evaluated), *result_sheets(folder)],
         skipped=[f"{e.model} on {e.target}: {e.reason}" for e in engines if e.reason],
@@ -86,7 +92,7 @@ def _latencies(values: Mapping[str, Any]) -> dict[str, Latency]:
 
 
 def _model(name: str, facts: Mapping[str, Any]) -> ModelEntry:
-    kept = ("parameters", "block_parameters", "bytes", "macs", "metrics")
+    kept = ("parameters", "block_parameters", "zeros", "bytes", "macs", "calls", "metrics")
     return ModelEntry(name=name, **{key: facts.get(key) for key in kept})
 
 
@@ -140,24 +146,29 @@ def _parity(manifest: Manifest) -> list[Parity]:
     ]
 
 
-def _comparisons(timings: Mapping[str, Any]) -> list[Comparison]:
+def _comparisons(timings: Mapping[str, Any], models: list[str], recipe: Recipe) -> list[Comparison]:
+    """The student and the links of its chain against every teacher, and each against the link before it."""
     from compressor.measurement import compare_latency
 
+    teachers, steps = [name for name in models if is_teacher(name)], [*link_names(recipe), "student"]
+    pairs = [(teacher, step) for step in steps for teacher in teachers] + list(pairwise(steps))
     found = []
-    for name in timings:
-        reference = f"teacher/{name}"
-        if reference in timings:
-            found += compare_latency(timings, reference, name, name)
+    for target in [name for name in timings if "/" not in name]:
+        engines = {name: target if name == "student" else f"{name}/{target}" for name in (*teachers, *steps)}
+        for before, after in pairs:
+            if engines[before] in timings and engines[after] in timings:
+                found += compare_latency(timings, engines[before], engines[after], target, (before, after))
     return found
 
 
-def _curve(models: list[ModelEntry], engines: list[EngineEntry]) -> list[CurvePoint]:
-    """Every student of the run on every engine that was timed, where there are several students."""
-    students = [model for model in models if model.name != "teacher"]
+def _curve(models: list[ModelEntry], engines: list[EngineEntry], links: list[str]) -> list[CurvePoint]:
+    """Every student of the same training on every engine that was timed, where there are several students."""
+    teachers = [model for model in models if is_teacher(model.name)]
+    students = [model for model in models if model not in teachers and model.name not in links]
     if len(students) < 2:
         return []
     points = []
-    for model in [m for m in models if m.name == "teacher"] + students:
+    for model in teachers + students:
         for engine in engines:
             if engine.model == model.name and engine.whole:
                 batch = next(iter(engine.whole))

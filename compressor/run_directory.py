@@ -1,6 +1,6 @@
 """One run's directory: locked while a process works in it, its recipe and the state of every stage on disk.
 
-    runs/NAME/  recipe.yaml  run.json  checkpoints/  student/  artifacts/TARGET/  report/  log.jsonl
+    runs/NAME/  recipe.yaml  run.json  checkpoints/  students/LINK/  student/  artifacts/TARGET/  report/  log.jsonl
 
 Everything appears by write-to-temp then rename, so a kill at any moment leaves it whole. All that lies in a run's
 directory belongs to the run.
@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import shutil
 import socket
 import sys
@@ -170,6 +171,15 @@ class RunDirectory:
     def results(self) -> Path:
         """Folder of what is handed over beside the model and its engines."""
         return self.path / "results"
+
+    def link(self, name: str) -> Path:
+        """Folder of a student that the chain made on its way."""
+        return self.path / "students" / name
+
+    @property
+    def command(self) -> str:
+        """The command line that the run was last started with."""
+        return shlex.join(self._state.get("command", []))
 
     @property
     def report(self) -> Path:

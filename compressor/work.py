@@ -6,9 +6,11 @@ import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor import __version__
+from compressor.chain import link_names
 from compressor.errors import RequestError
 from compressor.log import Log
 from compressor.recipe import MethodEntry, Recipe
@@ -73,6 +75,7 @@ class Work:
         self.deployables: dict[str, Deployable] = {}
         self._task: Task | None = None
         self._teachers: dict[str, list[Model]] = {}
+        self._references: dict[str, Model] | None = None
 
     @property
     def distributed(self) -> Distributed:
@@ -96,10 +99,17 @@ class Work:
         return self._teachers
 
     @property
-    def reference(self) -> Model | None:
-        """The model that students are compared with: the only teacher of the first role."""
-        models = next(iter(self.teachers.values()), [])
-        return models[0] if len(models) == 1 else None
+    def references(self) -> dict[str, Model]:
+        """What the student is compared with, as the report names it: teachers of the first role, the chain's links."""
+        from compressor.models.model import load_model
+
+        if self._references is None:
+            models = next(iter(self.teachers.values()), [])
+            names = ["teacher"] if len(models) == 1 else [f"teacher-{number}" for number in range(1, len(models) + 1)]
+            kept = {name: self.folder.link(name) for name in link_names(self.recipe)}
+            links = {name: load_model(folder) for name, folder in kept.items() if folder.is_dir()}
+            self._references = {**dict(zip(names, models, strict=True)), **links}
+        return self._references
 
     def load(self, spec: str, *, student: bool = False) -> Model:
         """A model of the recipe; demos are trained by the main process while the others wait.
@@ -126,7 +136,6 @@ class Work:
             replay: Only load; raise where something would have to be trained.
             changes: Configuration of the last method, for another student of the same training.
         """
-        from compressor.models.model import save_model
         from compressor.training.random import Randomness, hash_seed
 
         student: Model | None = None
@@ -148,20 +157,28 @@ class Work:
             student.module.eval()
             notes += getattr(method, "notes", [])
             history |= engine.history
+            mark = fingerprint(mark, entry.name, entry.config)
             if last:
                 deployables = method.deployables(ctx)
-            mark = fingerprint(mark, entry.name, entry.config)
+            elif not replay:
+                self._keep(student, mark, f"student {k}-{entry.name}", self.folder.link(f"{k}-{entry.name}"))
         if student is None:
             raise RequestError("the recipe names no method")
         if not replay:
-            self.distributed.on_main(lambda: self._keep(student, mark, save_model))
+            self._keep(student, mark, "student", self.folder.student)
         return Made(student, deployables, "", history, notes)
 
-    def _keep(self, student: Model, mark: str, save: Any) -> None:
-        with self.folder.stage("student", mark) as stage:
-            if not stage.finished or not self.folder.student.is_dir():
-                save(student, self.folder.student)
-                self.log.event("stage", f"student saved in {self.folder.student}", stage="student")
+    def _keep(self, student: Model, mark: str, name: str, folder: Path) -> None:
+        """Save a student of the chain, on the main process."""
+        self.distributed.on_main(lambda: self._save(student, mark, name, folder))
+
+    def _save(self, student: Model, mark: str, name: str, folder: Path) -> None:
+        from compressor.models.model import save_model
+
+        with self.folder.stage(name, mark) as stage:
+            if not stage.finished or not folder.is_dir():
+                save_model(student, folder)
+                self.log.event("stage", f"student saved in {folder}", stage=name)
 
     def _context(self, method: Method, randomness: Any, student: Model | None, name: str) -> RunContext:
         from compressor.context import RunContext

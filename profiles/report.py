@@ -18,7 +18,7 @@ from compressor.profiles.latency import Latency
 
 __all__ = [
     "SCHEMA_VERSION", "Comparison", "CurvePoint", "EngineEntry", "MetricInfo", "ModelEntry", "Parity", "Report",
-    "SampleSheet", "TaskInfo", "load_report",
+    "SampleSheet", "TaskInfo", "is_teacher", "load_report",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 1
@@ -57,14 +57,18 @@ class ModelEntry(_Entry):
     """A model as PyTorch runs it: the reference of its engines."""
 
     name: str
-    """"teacher", "student", or any other."""
+    """"teacher" (of several "teacher-1", ...), "student", a link of a chain ("0-ppcl"), or any other."""
     parameters: int | None = None
     block_parameters: int | None = None
     """Of the repeated blocks alone, where embeddings and heads would hide the compression."""
+    zeros: float | None = None
+    """Share of the parameters that are exactly zero."""
     bytes: int | None = None
     """Weights on disk."""
     macs: int | None = None
     """Multiply-accumulate operations per sample (per call of the network)."""
+    calls: int | None = None
+    """Calls of its networks for one request (a sampler's steps)."""
     metrics: Figures | None = None
     notes: list[str] = []
 
@@ -184,6 +188,8 @@ class Report(_Entry):
     """As `compressor.profiles.machine.describe_machine` returns it."""
     task: TaskInfo
     models: list[ModelEntry] = []
+    ladder: list[str] = []
+    """Models of a chain in order: teachers, the student of every method, the last of which is the run's; else empty."""
     engines: list[EngineEntry] = []
     comparisons: list[Comparison] = []
     curve: list[CurvePoint] = []
@@ -201,10 +207,19 @@ class Report(_Entry):
 
     @property
     def teacher(self) -> ModelEntry | None:
-        """What the student is compared with: the model called "teacher", else the first other one."""
+        """What the student is compared with: the teacher, the best of several, else the first other model."""
         student = self.student
         others = [model for model in self.models if model is not student]
-        return next((m for m in others if m.name == "teacher"), others[0] if others else None)
+        teachers = [model for model in others if is_teacher(model.name)]
+        info = next((metric for metric in self.task.metrics if metric.headline), None)
+        if info is None or len(teachers) < 2:
+            return next(iter(teachers or others), None)
+
+        def quality(model: ModelEntry) -> float:
+            value = (model.metrics or {}).get(info.name)
+            return -math.inf if value is None else value if info.better == "higher" else -value
+
+        return max(teachers, key=quality)
 
     def finite(self) -> Report:
         """Return a copy in which NaN and infinite numbers are None, each place named in ``notes``."""
@@ -231,6 +246,11 @@ class Report(_Entry):
         write_text(directory / "report.md", render_markdown(report))
         write_text(page, render_html(report))
         return page
+
+
+def is_teacher(name: str) -> bool:
+    """Whether a model of a report is a teacher, told from its name."""
+    return name == "teacher" or name.startswith("teacher-")
 
 
 def load_report(path: Path) -> Report:

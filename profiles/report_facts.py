@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from compressor.profiles.latency import Latency
-from compressor.profiles.report import EngineEntry, MetricInfo, ModelEntry, Report
+from compressor.profiles.report import Comparison, EngineEntry, MetricInfo, ModelEntry, Report
 from compressor.profiles.report_numbers import (
     NONE,
     format_bytes,
@@ -17,16 +18,19 @@ from compressor.profiles.report_numbers import (
     format_ms,
     format_number,
     format_ratio,
+    format_share,
     sentence_case,
 )
 
 __all__ = [
     "Column", "Fact", "Row", "Table", "Verdict", "batch_columns", "comparison_table", "curve_table", "engine_table",
-    "headline_metrics", "latency_table", "machine_lines", "not_measured", "notes", "parity_text", "quality_table",
-    "summary_table", "verdict",
+    "headline_metrics", "ladder_table", "latency_table", "machine_lines", "not_measured", "notes", "parity_text",
+    "quality_table", "summary_table", "verdict", "zeros_lines",
 ]  # fmt: skip
 
 Tone = Literal["good", "bad", "plain"]
+MANY_ZEROS = 0.05
+"""So much larger a share of zeros than the model before has is a sparsity pattern."""
 NOISY = "~"
 """Stands before a latency whose rounds disagree."""
 
@@ -195,6 +199,59 @@ def summary_table(report: Report) -> Table:
     return Table(columns, rows, notes)
 
 
+def ladder_table(report: Report) -> Table | None:
+    """A chain's models, a row each: what every method made smaller, faster and worse; None without a chain."""
+    if not report.ladder:
+        return None
+    infos, entries = headline_metrics(report), {model.name: model for model in report.models}
+    targets = list(dict.fromkeys(engine.target for engine in report.engines if engine.whole))
+    columns = [Column("Model", False), Column("Parameters"), Column("Zeros"), Column("Weights"), Column("Calls")]
+    columns += [Column(f"{target}, ms") for target in targets]
+    columns += [Column(sentence_case(info.label)) for info in infos]
+    rows = []
+    for name in report.ladder:
+        entry = entries[name]
+        cells = [name, format_count(entry.parameters), format_share(entry.zeros), format_bytes(entry.bytes)]
+        cells.append(NONE if entry.calls is None else str(entry.calls))
+        for target in targets:
+            timed = [e.whole for e in report.engines if (e.model, e.target) == (name, target) and e.whole]
+            cells.append(_p50(_smallest(timed[0])[1]) if timed else NONE)
+        rows.append(Row(cells + _metric_cells(entry.metrics, infos)))
+    lines = ["Calls: of the network, for one request. Latencies are medians of whole requests at the smallest batch."]
+    lines += ["Quality is PyTorch's; the summary has every engine's."]
+    return Table(columns, rows, lines + zeros_lines(report))
+
+
+def zeros_lines(report: Report) -> list[str]:
+    """What zeros bought: the model that has them against the one before it of the same size, on every engine."""
+    lines, faster = [], False
+    for dense, sparse in pairwise(report.models):
+        if dense.parameters != sparse.parameters or (sparse.zeros or 0) < (dense.zeros or 0) + MANY_ZEROS:
+            continue
+        found = {(e.model, e.target): e for e in report.engines}
+        for engine in [e for e in report.engines if e.model == sparse.name and (dense.name, e.target) in found]:
+            before, parts = found[dense.name, engine.target], []
+            entry = _compared(report, dense.name, sparse.name, engine.target)
+            if entry is not None and entry.ratio and entry.low:
+                faster = faster or entry.low > 1.02
+                spread = f" (rounds {format_number(entry.low)} to {format_ratio(entry.high)})"
+                parts.append(f"{format_ratio(entry.ratio)} the speed of {dense.name}{spread}")
+            if before.bytes and engine.bytes:
+                parts.append(f"file {format_bytes(before.bytes)} → {format_bytes(engine.bytes)}")
+            if parts:
+                share = format_share(sparse.zeros)
+                lines.append(f"{sparse.name}, {share} zeros, on {engine.target}: {', '.join(parts)}.")
+    if lines and not faster:
+        lines.append("No engine that ran here computes these zeros faster.")
+    return lines
+
+
+def _compared(report: Report, a: str, b: str, target: str) -> Comparison | None:
+    """The latency of two models on a target, side by side, at the smallest batch."""
+    known = [c for c in report.comparisons if (c.what, c.a, c.b, c.target) == ("latency", a, b, target)]
+    return min(known, key=lambda c: c.batch or 0, default=None)
+
+
 def quality_table(report: Report) -> Table | None:
     """All metrics of all models and engines; None where the summary has shown them all."""
     infos = report.task.metrics
@@ -312,7 +369,8 @@ def notes(report: Report) -> list[str]:
     """The report's remarks, then those of its models and engines."""
     lines = [f"{model.name}: {note}" for model in report.models for note in model.notes]
     lines += [f"{engine.model} on {engine.target}: {note}" for engine in report.engines for note in engine.notes]
-    return report.notes + lines
+    zeros = [] if report.ladder else zeros_lines(report)  # a ladder has them below it
+    return report.notes + lines + zeros
 
 
 def machine_lines(machine: Mapping[str, Any]) -> list[tuple[str, str]]:

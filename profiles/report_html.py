@@ -33,6 +33,7 @@ def render_html(report: Report) -> str:
     drawn = importlib.util.find_spec("matplotlib") is not None
     sections = {
         "Summary": _summary(report),
+        "Chain": _ladder(report),
         "Quality and latency": _pareto(report) if drawn else "",
         "Latency and size": _latency_and_size(report, drawn),
         "Variants": _curve(report, drawn),
@@ -82,6 +83,11 @@ def _summary(report: Report) -> str:
     quality = facts.quality_table(report)
     folded = _fold("All measures of quality", quality) if quality else ""
     return (_table(table) if table.rows else "") + folded
+
+
+def _ladder(report: Report) -> str:
+    table = facts.ladder_table(report)
+    return _table(table) if table else ""
 
 
 def _pareto(report: Report) -> str:

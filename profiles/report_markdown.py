@@ -26,6 +26,7 @@ def render_markdown(report: Report) -> str:
     blocks += _fenced(report.command, "sh")
     for title, table in (
         ("Summary", facts.summary_table(report)),
+        ("Chain", facts.ladder_table(report)),
         ("Quality", facts.quality_table(report)),
         ("Measured side by side", facts.comparison_table(report)),
         ("Students of this run", facts.curve_table(report)),

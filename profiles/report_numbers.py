@@ -6,7 +6,7 @@ from compressor.profiles.report import MetricInfo
 
 __all__ = [
     "NONE", "format_bytes", "format_count", "format_difference", "format_metric", "format_ms", "format_number",
-    "format_ratio", "sentence_case",
+    "format_ratio", "format_share", "sentence_case",
 ]  # fmt: skip
 
 NONE = "–"
@@ -41,6 +41,11 @@ def format_bytes(value: float | None) -> str:
 def format_ratio(value: float | None) -> str:
     """A factor: 4.12×."""
     return NONE if value is None else f"{format_number(value)}×"
+
+
+def format_share(value: float | None) -> str:
+    """A share in percent: 46.7 %."""
+    return NONE if value is None else f"{100 * value:.1f} %"
 
 
 def format_metric(value: float | None, info: MetricInfo) -> str:

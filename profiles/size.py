@@ -11,7 +11,7 @@ from compressor.errors import RequestError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["macs", "parameter_count", "total_bytes"]
+__all__ = ["macs", "parameter_count", "share_of_zeros", "total_bytes"]
 
 
 def total_bytes(paths: Path | Iterable[Path]) -> int:
@@ -32,6 +32,12 @@ def total_bytes(paths: Path | Iterable[Path]) -> int:
 def parameter_count(module: nn.Module) -> int:
     """Number of parameters; shared ones count once. Buffers do not count."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def share_of_zeros(module: nn.Module) -> float:
+    """Share of the parameters that are exactly zero, in [0, 1]; 0 for a module without parameters."""
+    zeros = sum(int((parameter == 0).sum()) for parameter in module.parameters())
+    return zeros / max(parameter_count(module), 1)
 
 
 def macs(module: nn.Module, inputs: Mapping[str, Tensor]) -> int:

@@ -131,16 +131,23 @@ def _run(terminal: Terminal, recipe: Recipe, directory: Path, overwrite: bool) -
 
 def _show_plan(terminal: Terminal, recipe: Recipe, directory: Path) -> None:
     from compressor import pipeline
+    from compressor.chain import chain_lines
     from compressor.log import process_rank
 
     stages = pipeline.plan(recipe)
     if process_rank():
         return
     rows = target_rows(recipe.load_targets())
-    value: dict[str, Any] = {"directory": str(directory), "recipe": recipe.to_dict(), "stages": stages, "targets": rows}
+    chain = chain_lines(recipe)
+    value: dict[str, Any] = {"directory": str(directory), "recipe": recipe.to_dict(), "chain": chain}
+    value |= {"stages": stages, "targets": rows}
 
     def render(console: Console) -> None:
         console.print(recipe.to_yaml(), markup=False, soft_wrap=True)
+        if chain:
+            console.print("Chain", style="bold")
+        for line in chain:
+            console.print(f"  {line}", markup=False, soft_wrap=True)
         console.print("Stages", style="bold")
         for place, stage in enumerate(stages, 1):
             console.print(f"  {place}. {stage}", markup=False)

@@ -121,12 +121,57 @@ def test_a_saved_report_reads_back_as_it_was(report, tmp_path):
     assert load_report(path.parent) == load_report(path.parent / "report.json") == report
 
 
+def chain_report(speed: float) -> Report:
+    """A dense few-step student and the sparse one after it, ``speed`` times as fast."""
+    sizes = [("teacher", 4_000, 0.0, 20), ("0-few", 2_000, 0.001, 4), ("student", 2_000, 0.45, 4)]
+    models = [
+        ModelEntry(name=name, parameters=parameters, zeros=zeros, calls=calls, metrics={"accuracy": 0.9})
+        for name, parameters, zeros, calls in sizes
+    ]
+    engines = [engine(name, "ort-fp32", 10.0, 0.9) for name, *_ in sizes]
+    engines.append(engine("student", "trt-fp16", 1.0, 0.9, end_to_end={}, latency={}))
+    pair = Comparison(
+        what="latency", a="0-few", b="student", ratio=speed, low=speed - 0.01, high=speed + 0.01, target="ort-fp32",
+        batch=1,
+    )  # fmt: skip
+    task = TaskInfo(name="image generation", metrics=[ACCURACY])
+    ladder = [model.name for model in models]
+    return Report(title="chain", task=task, models=models, engines=engines, ladder=ladder, comparisons=[pair])
+
+
+def test_a_chain_is_a_ladder_with_a_row_for_every_model():
+    table = facts.ladder_table(chain_report(1.0))
+    heads = [column.heading for column in table.columns]
+    assert heads == ["Model", "Parameters", "Zeros", "Weights", "Calls", "ort-fp32, ms", "Top-1 accuracy"]
+    assert [row.cells[0] for row in table.rows] == ["teacher", "0-few", "student"]
+    assert table.rows[2].cells[1:5] == ["2.00 k", "45.0 %", "–", "4"]
+    assert facts.ladder_table(full_report()) is None
+
+
+@pytest.mark.parametrize("speed, said", [(1.0, True), (0.9, True), (1.02, True), (1.3, False)])
+def test_what_zeros_bought_follows_from_what_was_measured(speed, said):
+    lines = facts.zeros_lines(chain_report(speed))
+    assert lines[0].startswith(
+        f"student, 45.0 % zeros, on ort-fp32: {format_number(speed)}× the speed of 0-few (rounds "
+    )
+    assert lines[0].endswith("file 4.00 MB → 4.00 MB.")
+    assert lines[1:] == (["No engine that ran here computes these zeros faster."] if said else [])
+    assert facts.zeros_lines(full_report()) == []
+
+
+def test_of_several_teachers_the_best_is_what_the_student_is_held_against():
+    metrics = [("teacher-1", 0.9), ("teacher-2", 0.95), ("teacher-3", None), ("student", 0.9)]
+    models = [ModelEntry(name=name, metrics={"accuracy": value}) for name, value in metrics]
+    report = Report(title="several", task=TaskInfo(name="x", metrics=[ACCURACY]), models=models)
+    assert report.teacher.name == "teacher-2"
+
+
 def test_the_schema_keeps_its_fields():
     written = json.loads(full_report().model_dump_json())
     assert written["schema_version"] == 1
     assert list(written) == [
-        "schema_version", "title", "created", "command", "recipe", "machine", "task", "models", "engines",
-        "comparisons", "curve", "training", "samples", "skipped", "notes",
+        "schema_version", "title", "created", "command", "recipe", "machine", "task", "models", "ladder",
+        "engines", "comparisons", "curve", "training", "samples", "skipped", "notes",
     ]  # fmt: skip
     assert set(written["engines"][0]["end_to_end"]["1"]) == {
         "samples_ms", "round_medians_ms", "mean", "p50", "p90", "p99", "min", "count", "warmup", "noisy", "reason",
