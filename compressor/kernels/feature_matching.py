@@ -7,6 +7,7 @@ backward pass reads the student once more and writes its gradient. Plain PyTorch
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -23,7 +24,7 @@ __all__ = ["feature_distance"]
 FeatureMode = Literal["mse", "normalized_mse", "cosine", "attention_transfer"]
 FEATURE_MODES = ("mse", "normalized_mse", "cosine", "attention_transfer")
 EPSILONS = {"mse": 0.0, "normalized_mse": 1e-12, "cosine": 1e-8}
-"""Lower clamps of a vector's norm."""
+"""Vectors up to this norm have no direction."""
 _MAP_EPSILON = 1e-12
 
 
@@ -42,9 +43,12 @@ def feature_distance(
 
     - "mse": squared difference, mean over the places and along ``dim``.
     - "normalized_mse": ``|s / |s| - t / |t||^2``, summed along ``dim``, mean over the places: in [0, 4].
-    - "cosine": ``1 - cos(s, t)``, mean over the places: in [0, 2]; zero vectors have distance 1.
+    - "cosine": ``1 - cos(s, t)``, mean over the places: in [0, 2].
     - "attention_transfer": each sample's map ``sum |x| ** power`` along ``dim``, divided by its L2 norm over the
       places (Zagoruyko & Komodakis 2017); squared difference of the maps, mean over samples and places.
+
+    Directions of vectors that are (almost) zero are taken for zero vectors: distance 1 from any other, and no
+    gradient. To clamp their norm instead would give a dead activation a gradient of order 1e8.
 
     Args:
         student: Float, ``(B, ...)``: ``(B, C, H, W)`` as it is, tokens ``(B, N, C)`` with ``dim=-1``.
@@ -108,13 +112,18 @@ def reference_distances(student: Tensor, teacher: Tensor, factors: Tensor, mode:
     student, teacher = torch.where(counts, student.to(wide), zero), torch.where(counts, teacher.to(wide), zero)
     if mode == "mse":
         distances = (student - teacher).square().mean(dim=axis)
-    elif mode == "normalized_mse":
-        eps = EPSILONS[mode]
-        distances = (F.normalize(student, dim=axis, eps=eps) - F.normalize(teacher, dim=axis, eps=eps)).square()
-        distances = distances.sum(dim=axis)
     else:
-        distances = 1 - F.cosine_similarity(student, teacher, dim=axis, eps=EPSILONS[mode])
+        student, teacher = (_directions(x, axis, EPSILONS[mode]) for x in (student, teacher))
+        if mode == "normalized_mse":
+            distances = (student - teacher).square().sum(dim=axis)
+        else:
+            distances = 1 - (student * teacher).sum(dim=axis)
     return distances * factors
+
+
+def _directions(x: Tensor, axis: int, eps: float) -> Tensor:
+    norm = x.norm(dim=axis, keepdim=True)
+    return x / norm.masked_fill(norm <= eps, math.inf)
 
 
 def _attention_transfer(

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from compressor.kernels.configurations import RowTiles, row_tiles
 from compressor.kernels.dispatch import gpu_family
@@ -94,24 +95,23 @@ def distance_kernel(
         of_student = (2.0 / columns) * factor
         of_teacher = -of_student
     else:
-        student_norm = tl.maximum(tl.sqrt(student_sum), eps)
-        teacher_norm = tl.maximum(tl.sqrt(teacher_sum), eps)
-        cosine = product_sum / (student_norm * teacher_norm)
+        student_norm = tl.sqrt(student_sum)
+        teacher_norm = tl.sqrt(teacher_sum)
+        # Vectors without direction count as zeros and get no gradient.
+        per_student = tl.where(student_norm > eps, 1.0 / student_norm, 0.0)
+        per_teacher = tl.where(teacher_norm > eps, 1.0 / teacher_norm, 0.0)
+        cosine = product_sum * per_student * per_teacher
         scale = 1.0 if MODE == 2 else 2.0
-        of_teacher = -scale * factor / (student_norm * teacher_norm)
+        of_teacher = -scale * factor * per_student * per_teacher
+        of_student = scale * factor * cosine * per_student * per_student
         if MODE == 2:
             distance = 1.0 - cosine
-            of_student = tl.where(tl.sqrt(student_sum) > eps, cosine, 0.0) / student_norm / student_norm * factor
+        elif WHOLE:
+            unit_difference = student * per_student[:, None] - teacher * per_teacher[:, None]
+            distance = tl.sum(unit_difference * unit_difference, axis=1)
         else:
-            if WHOLE:
-                unit_difference = student * (1.0 / student_norm)[:, None] - teacher * (1.0 / teacher_norm)[:, None]
-                distance = tl.sum(unit_difference * unit_difference, axis=1)
-            else:
-                unit_student = student_sum / student_norm / student_norm
-                unit_teacher = teacher_sum / teacher_norm / teacher_norm
-                distance = tl.maximum(unit_student + unit_teacher - 2.0 * cosine, 0.0)
-            of_student = tl.where(tl.sqrt(student_sum) > eps, cosine, 1.0) * (2.0 / student_norm / student_norm)
-            of_student = of_student * factor
+            units = student_sum * per_student * per_student + teacher_sum * per_teacher * per_teacher
+            distance = tl.maximum(units - 2.0 * cosine, 0.0)
     tl.store(rows_ptr + row, tl.where(used, distance * factor, 0.0), mask=exists)
 
     if WRITE_GRADIENT:
@@ -317,6 +317,7 @@ class Distances(torch.autograd.Function):
         return rows
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, rows: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return scale_gradient(gradient, rows, (ctx.axis,)), None, None, None, None
@@ -332,6 +333,7 @@ class PowerSums(torch.autograd.Function):
         return torch.ops.compressor.power_sums(features, power, axis)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (features,) = ctx.saved_tensors
         return torch.ops.compressor.power_gradient(features, upstream, ctx.power, ctx.axis), None, None

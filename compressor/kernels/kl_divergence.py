@@ -7,7 +7,7 @@ once where that is 1.
 Cost, for N rows of V classes: 3 N V numbers are moved with a gradient (two reads, one write) and 2 N V without, where
 a row fits in the registers of a program (see `configurations`). Longer rows are read twice, for "jsd" with a gradient
 three times, the later times from the end back, so that the cache serves part of them. Extra memory: the gradient, and
-a few numbers a row.
+a few numbers a row. The kernels have first derivatives only; the references have all.
 """
 
 from __future__ import annotations

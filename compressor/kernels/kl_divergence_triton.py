@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from compressor.kernels.configurations import row_tiles
 from compressor.kernels.dispatch import gpu_family
@@ -131,6 +132,7 @@ class Rows(torch.autograd.Function):
         return total, kl_rows, ce_rows
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, total: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return scale_gradient(gradient, total, ctx.dims), *([None] * 10)

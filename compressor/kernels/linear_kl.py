@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from compressor.errors import RequestError, nearest
@@ -220,6 +221,7 @@ class _LinearKL(torch.autograd.Function):
         return rows.sum()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         teacher, divergence, factors, step, in_backward = ctx.arguments
         if not in_backward:

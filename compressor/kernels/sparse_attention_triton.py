@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from compressor.kernels.attention_kernels_triton import (
     LOG2_E,
@@ -245,6 +246,7 @@ class Attention(torch.autograd.Function):
         return output, lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, output_gradient: Tensor | None, lse_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, padding, output, lse, *lists = ctx.saved_tensors
         if output_gradient is None:

@@ -1,6 +1,6 @@
 """Divergences between class distributions: KL from logits, and the cross-entropy with soft labels.
 
-Every method's KL goes through `kl_divergence`, so a faster implementation has one place to come in.
+Every method's KL goes through `kl_divergence`, and so to the fused kernel of `compressor.kernels` on a GPU.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressor.errors import RequestError
+from compressor.kernels import ce_and_kl, kl_div_from_logits
 from compressor.losses.precision import at_least_float32
-from compressor.losses.statistics import masked_mean
 
-__all__ = ["kl_divergence", "soft_cross_entropy"]
+__all__ = ["cross_entropy_and_kl", "kl_divergence", "soft_cross_entropy"]
 
 
 def kl_divergence(
@@ -40,24 +40,63 @@ def kl_divergence(
         dim: The axis of the classes.
 
     Returns:
-        Scalar, or the logits' shape without ``dim``; float32 or wider.
+        Scalar, or the logits' shape without ``dim``; float32 or wider. Classes without probability in the teacher
+        count 0, and so do rows without any finite logit.
 
     Raises:
         RequestError: The shapes differ, or the temperature is not above 0.
     """
-    if student_logits.shape != teacher_logits.shape:
-        raise RequestError(
-            f"student logits {tuple(student_logits.shape)} and teacher logits {tuple(teacher_logits.shape)} differ: "
-            "both networks must have the same classes and outputs of one size"
-        )
-    if not temperature > 0:
-        raise RequestError(f"temperature must be above 0, not {temperature}")
-    student = F.log_softmax(at_least_float32(student_logits) / temperature, dim=dim)
-    teacher = F.log_softmax(at_least_float32(teacher_logits.detach()) / temperature, dim=dim)
-    rows = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=dim)
-    if reduction == "none":
-        return rows
-    return rows.mean() if mask is None else masked_mean(rows, mask)
+    rows = reduction == "none"
+    value = kl_div_from_logits(
+        student_logits,
+        teacher_logits,
+        temperature=temperature,
+        reduction="none" if rows else "batchmean",
+        mask=None if rows else mask,
+        dim=dim,
+    )
+    return value / temperature**2
+
+
+def cross_entropy_and_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    kl_weight: float = 0.9,
+    ce_weight: float = 0.1,
+    ignore_index: int = -100,
+    dim: int = -1,
+) -> Tensor:
+    """``kl_weight * T ** 2 * KL + ce_weight * cross-entropy``: the usual objective of distillation, in one pass.
+
+    Args:
+        student_logits: Float, any shape with the classes along ``dim``.
+        teacher_logits: The same shape; detached.
+        labels: Int64, the shape of the logits without ``dim``: classes ``0..C-1``, or ``ignore_index``.
+        temperature: T, above 0: softens both sides of the KL (see `kl_divergence`). The labels are met at 1.
+        kl_weight: Weight of the divergence, mean over all rows.
+        ce_weight: Weight of the cross-entropy, mean over the rows with a label.
+        ignore_index: The label of rows that have none.
+        dim: The axis of the classes.
+
+    Returns:
+        Scalar in nats, float32 or wider.
+
+    Raises:
+        RequestError: Shapes differ, labels are no integers, or the temperature is not above 0.
+    """
+    return ce_and_kl(
+        student_logits,
+        teacher_logits,
+        labels,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        ignore_index=ignore_index,
+        temperature=temperature,
+        dim=dim,
+    ).total
 
 
 def soft_cross_entropy(student_logits: Tensor, soft_labels: Tensor) -> Tensor:

@@ -1,13 +1,14 @@
-"""Losses and maps that compare features: cosine distance, spatial attention maps, attention transfer."""
+"""Losses and maps that compare features: cosines, spatial attention maps, attention transfer."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional as F
 
+from compressor.kernels import feature_distance
 from compressor.losses.precision import at_least_float32
 
-__all__ = ["attention_transfer_loss", "cosine_distance", "cosine_similarity", "spatial_attention_map", "unit_vectors"]
+__all__ = ["attention_transfer_loss", "cosine_similarity", "spatial_attention_map", "unit_vectors"]
 
 
 def unit_vectors(x: Tensor, *, dim: int = -1, eps: float = 1e-8) -> Tensor:
@@ -43,21 +44,6 @@ def cosine_similarity(x: Tensor, y: Tensor, *, dim: int = -1, eps: float = 1e-8)
     return (unit_vectors(x, dim=dim, eps=eps) * unit_vectors(y, dim=dim, eps=eps)).sum(dim=dim)
 
 
-def cosine_distance(x: Tensor, target: Tensor, *, dim: int = 1, eps: float = 1e-8) -> Tensor:
-    """``1 - cos(x, target)`` along one axis; the target is detached.
-
-    Args:
-        x: Float, any shape.
-        target: The same shape.
-        dim: The axis of the vectors.
-        eps: Norms up to here count as 0: the distance is 1, without gradient.
-
-    Returns:
-        The shape without ``dim``, in [0, 2]; float32 or wider.
-    """
-    return 1 - cosine_similarity(x, target.detach(), dim=dim, eps=eps)
-
-
 def spatial_attention_map(features: Tensor, *, power: float = 4.0, eps: float = 1e-12) -> Tensor:
     """Where a layer is active: ``sum_c |F_c| ** power``, flattened and divided by its L2 norm.
 
@@ -91,10 +77,9 @@ def attention_transfer_loss(student_features: Tensor, teacher_features: Tensor, 
     """
     height = min(student_features.shape[-2], teacher_features.shape[-2])
     width = min(student_features.shape[-1], teacher_features.shape[-1])
-    student = spatial_attention_map(_pool(at_least_float32(student_features), (height, width)), power=power)
-    teacher = spatial_attention_map(_pool(at_least_float32(teacher_features.detach()), (height, width)), power=power)
-    return F.mse_loss(student, teacher)
+    student, teacher = (_pool(features, (height, width)) for features in (student_features, teacher_features.detach()))
+    return feature_distance(student, teacher, "attention_transfer", power=power)
 
 
 def _pool(features: Tensor, size: tuple[int, int]) -> Tensor:
-    return features if features.shape[-2:] == size else F.adaptive_avg_pool2d(features, size)
+    return features if features.shape[-2:] == size else F.adaptive_avg_pool2d(at_least_float32(features), size)

@@ -24,6 +24,7 @@ from compressor.deployable import Deployable
 from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.noised_data import NoisedData, walk
 from compressor.errors import RequestError
+from compressor.kernels import feature_distance
 from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.models.anatomy.blocks import Anchor, OwnBlock, State, block_stack
 from compressor.models.edits.blocks import can_prune_ffn, can_prune_text
@@ -174,10 +175,11 @@ def normalized_alignment_loss(student: Tensor, teacher: Tensor, kind: str = "l2"
     Returns:
         A float32 scalar. Magnitudes are free by design.
     """
+    if kind == "l2":
+        return feature_distance(student, teacher, "normalized_mse", dim=-1)
     s, t = student.float(), teacher.detach().float()
     difference = s / s.norm(dim=-1, keepdim=True) - t / t.norm(dim=-1, keepdim=True)
-    distance = difference.square() if kind == "l2" else difference.abs()
-    return distance.sum(-1).mean()
+    return difference.abs().sum(-1).mean()
 
 
 def align(student: State, teacher: State) -> Tensor:

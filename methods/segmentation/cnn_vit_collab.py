@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressor.errors import RequestError
+from compressor.kernels import feature_distance
 from compressor.losses.dense import pixel_cross_entropy, region_mean
 from compressor.losses.divergence import kl_divergence
-from compressor.losses.features import cosine_distance
 from compressor.losses.precision import at_least_float32
-from compressor.losses.statistics import masked_mean
 
 __all__ = ["hfd_loss", "pixel_bsd_loss", "region_bsd_loss", "region_reliability"]
 
@@ -39,7 +38,7 @@ def hfd_loss(projected_features: Tensor, target_features: Tensor) -> Tensor:
     size = target_features.shape[-2:]
     if projected_features.shape[-2:] != size:
         projected_features = F.interpolate(projected_features, size, mode="bilinear", align_corners=False)
-    return cosine_distance(projected_features, target_features).mean()
+    return feature_distance(projected_features, target_features, "cosine")
 
 
 @torch.no_grad()
@@ -86,8 +85,8 @@ def region_bsd_loss(
     height, width = valid.shape[-2:]
     cnn = F.adaptive_avg_pool2d(at_least_float32(cnn_features), (height, width))
     vit = F.adaptive_avg_pool2d(at_least_float32(vit_features), (height, width))
-    loss_cnn = masked_mean(cosine_distance(cnn, vit), valid & ~cnn_wins)
-    loss_vit = masked_mean(cosine_distance(vit, cnn), valid & cnn_wins)
+    loss_cnn = feature_distance(cnn, vit, "cosine", valid & ~cnn_wins)
+    loss_vit = feature_distance(vit, cnn, "cosine", valid & cnn_wins)
     return loss_cnn, loss_vit
 
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compressor.errors import RequestError
-from compressor.losses.divergence import kl_divergence, soft_cross_entropy
+from compressor.losses.divergence import cross_entropy_and_kl, kl_divergence, soft_cross_entropy
 
 
 def numpy_softmax(logits: np.ndarray) -> np.ndarray:
@@ -97,6 +97,18 @@ def test_kl_divergence_refuses_networks_of_different_classes() -> None:
 def test_kl_divergence_refuses_a_temperature_that_is_not_positive(temperature: float) -> None:
     with pytest.raises(RequestError, match="temperature"):
         kl_divergence(torch.randn(4, 5), torch.randn(4, 5), temperature=temperature)
+
+
+def test_cross_entropy_and_kl_is_the_weighted_sum_of_its_terms() -> None:
+    student, teacher = torch.randn(2, 6, 5, dtype=torch.float64)
+    labels = torch.tensor([0, 3, 1, -100, 2, 4])
+
+    objective = cross_entropy_and_kl(student, teacher, labels, temperature=3.0, kl_weight=0.7, ce_weight=0.3)
+
+    cross_entropy = torch.nn.functional.cross_entropy(student, labels)
+    torch.testing.assert_close(
+        objective, 0.7 * 9 * kl_divergence(student, teacher, temperature=3.0) + 0.3 * cross_entropy
+    )
 
 
 def test_soft_cross_entropy_of_certain_labels_is_the_cross_entropy() -> None:
