@@ -43,6 +43,7 @@ def build(source: Source, target: Target, directory: Path) -> Built:
         config.builder_optimization_level = target.options.optimization_level
     if target.options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, target.options.workspace_mb * 10**6)
+    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # weights that are 2:4 sparse may use sparse tensor cores
     _add_profile(builder, config, source, target)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
