@@ -31,14 +31,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from record import record_result
+from record import record_result, stored_result
 
 from compressor.context import RunContext
 from compressor.data.dataset import ArrayDataset, DataInfo, Dataset, Subset, labels_of
 from compressor.log import Log
 from compressor.measurement import quality, torch_driver
 from compressor.methods.dataset.datadam import DataDAM, DataDAMConfig
-from compressor.models.classifier import Classifier
 from compressor.models.convnet import convnet_model
 from compressor.models.model import Model
 from compressor.recipe import Evaluation
@@ -144,7 +143,7 @@ class Trial:
         for k in range(STUDENTS):
             images = method.images
             model = self.student(k, images.mean.flatten().tolist(), images.std.flatten().tolist())
-            phase = method.student_phase(ctx, Classifier(model), f"student {k}")
+            phase = method.student_phase(ctx, model, f"student {k}")
             self.run((one for one in [phase]), randomness)
             scores.append(self.top1(model))
         return scores
@@ -228,15 +227,28 @@ def main() -> None:
     log.say(f"{len(task.dataset())} images to learn from, at least {fewest} a class; {len(task.parts['test'])} to test")
     ceiling = [round(mean(Trial(task, seed, 1, 0, asked.power).whole_set()), 4) for seed in asked.seeds]
     log.say(f"whole set: {ceiling}")
-    outcomes: dict[int, dict[str, Any]] = {}
     for per_class in asked.per_class:
-        outcomes[per_class] = experiment(task, asked.seeds, per_class, asked.steps, asked.power, log)
-        result: dict[str, Any] = {"data": asked.data, "steps": asked.steps, "power": asked.power}
-        result |= {"claims": claims(outcomes), "whole set": round(mean(ceiling), 4)}
-        result |= {f"{k} a class": one for k, one in outcomes.items()}
-        result["cpu_minutes"] = round((time.process_time() - started) / 60, 1)
-        log.say(str(result["claims"]))
-        record_result("datadam", result)
+        one = experiment(task, asked.seeds, per_class, asked.steps, asked.power, log)
+        one["cpu_minutes"] = round((time.process_time() - started) / 60, 1)
+        settings = {
+            "data": asked.data,
+            "steps": asked.steps,
+            "power": asked.power,
+            "whole set": round(mean(ceiling), 4),
+        }
+        store(settings, per_class, one, log)
+
+
+def store(settings: Mapping[str, Any], per_class: int, one: Mapping[str, Any], log: Log) -> None:
+    """Put one number of images a class beside the others that were measured with the same settings."""
+    stored = stored_result("datadam")
+    same = all(stored.get(key) == value for key, value in settings.items())
+    outcomes = {int(key.split()[0]): value for key, value in stored.items() if same and key.endswith(" a class")}
+    outcomes[per_class] = dict(one)
+    found = claims(outcomes)
+    log.say(str(found))
+    named = {f"{k} a class": outcomes[k] for k in sorted(outcomes)}
+    record_result("datadam", {**settings, "claims": found, **named})
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from compressor.atomic import write_json
 from compressor.profiles.machine import describe_machine
 
-__all__ = ["record_result"]
+__all__ = ["record_result", "stored_result"]
 
 RESULTS = Path(__file__).parents[1] / "results" / "reproduction.json"
 
@@ -25,3 +25,9 @@ def record_result(method: str, outcome: dict[str, Any]) -> None:
         **outcome,
     }
     write_json(RESULTS, stored)
+
+
+def stored_result(method: str) -> dict[str, Any]:
+    """The newest outcome of a method, or nothing."""
+    stored: dict[str, Any] = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    return dict(stored.get(method, {}))

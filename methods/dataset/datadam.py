@@ -38,6 +38,7 @@ from compressor.losses.statistics import squared_class_mean_distance
 from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.models.classifier import Classifier
 from compressor.models.convnet import convnet_depth, convnet_model, random_convnet
+from compressor.models.model import Model
 from compressor.training.distillation import StudentMethod, train_phase
 from compressor.training.phase import Compute, Optim, Phases, Train, Update
 from compressor.training.supervised import label_loss
@@ -226,12 +227,12 @@ class DataDAM(StudentMethod):
         images = self._images = SyntheticImages(start["images"], start["mean"], start["std"], len(info.classes))
         images.to(ctx.device)
         if own:
-            student.model.info.extra.update(mean=start["mean"].tolist(), std=start["std"].tolist())
+            student.info.extra.update(mean=start["mean"].tolist(), std=start["std"].tolist())
         yield self._matching(ctx, info, labels, images)
         self._note_clipping(images)
         yield self.student_phase(ctx, student)
 
-    def _new_student(self, ctx: Context, info: DataInfo) -> tuple[Classifier, bool]:
+    def _new_student(self, ctx: Context, info: DataInfo) -> tuple[Model, bool]:
         """The student that the user named, else the ConvNet; and whether it is the latter.
 
         Raises:
@@ -248,7 +249,7 @@ class DataDAM(StudentMethod):
         )
         self._student = ctx.student(like=usual)
         ctx.task.check(self._student)
-        return Classifier(self._student), self._student.info == usual.info
+        return self._student, self._student.info == usual.info
 
     def _depth(self, info: DataInfo) -> int:
         depth = self.config.depth if self.config.depth is not None else convnet_depth(info.shape[1:])
@@ -327,16 +328,16 @@ class DataDAM(StudentMethod):
 
     # -- the student --
 
-    def student_phase(self, ctx: Context, student: Classifier, name: str = "student") -> Train:
+    def student_phase(self, ctx: Context, model: Model, name: str = "student") -> Train:
         """The training of a classifier on the images, the method's own student or a further one.
 
         Args:
             ctx: The context.
-            student: Fits the data.
+            model: Fits the data.
             name: Of the phase; its batches depend on it.
         """
         config: DataDAMConfig = self.config
-        images, info = self.images, ctx.dataset("train").info
+        images, info, student = self.images, ctx.dataset("train").info, Classifier(model)
         dataset = images.dataset(info)
         training = config.student.model_copy(update={"batch": max(2, min(config.student.batch, len(dataset)))})
         stream = make_stream(ctx, training, tag=name, dataset=dataset)
@@ -349,7 +350,7 @@ class DataDAM(StudentMethod):
             yield Update("student", {"cross_entropy": label_loss(logits, batch["label"])})
 
         phase = train_phase(name, training, stream, step, student, [])
-        phase.key = [operations, training.augment, student.model.info.architecture, student.model.info.config]
+        phase.key = [operations, training.augment, model.info.architecture, model.info.config]
         return phase
 
     def _note_clipping(self, images: SyntheticImages) -> None:

@@ -50,6 +50,18 @@ def test_folder_is_read_back_within_eight_bits(tmp_path: Path, channels: int) ->
     assert len(load_data(f"imagefolder:{tmp_path / 'set'}", "train")) == 3  # one a class is held out for the test
 
 
+def test_folder_takes_real_pictures_to_measure_on(tmp_path: Path) -> None:
+    images, labels = np.zeros((4, 1, 8, 8), np.float32), np.array([0, 0, 1, 1])
+    write_folder(tmp_path / "set", images, labels, ("ape", "bear"))
+    write_folder(tmp_path / "real", images + 1, labels, ("ape", "bear"))
+    (tmp_path / "real" / "train").rename(tmp_path / "set" / "test")
+    parts = {split: load_data(f"imagefolder:{tmp_path / 'set'}?hold_out=false", split) for split in ("train", "test")}
+    assert {split: (len(part), float(part[0]["image"].mean())) for split, part in parts.items()} == {
+        "train": (4, 0.0),
+        "test": (4, 1.0),
+    }
+
+
 def test_images_of_other_channels_are_no_pictures(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="images of 4 channels"):
         write_folder(tmp_path / "set", np.zeros((2, 4, 8, 8), np.float32), np.array([0, 1]), ("a", "b"))

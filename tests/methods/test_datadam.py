@@ -21,6 +21,7 @@ from compressor.errors import RequestError
 from compressor.log import Log
 from compressor.methods.dataset import datadam
 from compressor.methods.dataset.datadam import DataDAM, DataDAMConfig
+from compressor.models.classifier import Classifier
 from compressor.models.model import load_model
 from compressor.models.spec import load_model_spec
 from compressor.recipe import Recipe
@@ -196,6 +197,17 @@ def test_student_is_trained_on_the_final_images_alone(tmp_path: Path) -> None:
     assert len(stream.dataset) == 20 and set(phases[-1].state) == {"student"}
     assert torch.equal(batch["image"], method.images.images.detach()[batch["index"]])
     assert torch.equal(batch["label"], method.images.labels[batch["index"]])
+
+
+def test_student_is_trained_with_the_normalisation_that_it_is_exported_with(tmp_path: Path) -> None:
+    phases: list[Train] = []
+    method = trained(tmp_path, {"augment": []}, watch=phases.append)
+    images, batch = method.images, phases[-1].streams["train"][0]
+    loss = next(iter(phases[-1].step({"train": batch}, 0))).losses["cross_entropy"]
+    graph = Classification({"train": "digits"}, {}).deployable(method.student())
+    assert graph.driver.settings["mean"] == pytest.approx(images.mean.flatten().tolist())
+    logits = Classifier(method.student())(images.pixels(batch["image"]))
+    assert torch.allclose(loss, torch.nn.functional.cross_entropy(logits, batch["label"]), atol=1e-6)
 
 
 @pytest.mark.parametrize("kill", [("match", 2), ("student", 1)])
