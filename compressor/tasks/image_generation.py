@@ -163,6 +163,8 @@ class ImageGeneration:
             "null_row": table.null_row,
             "clip": None if self.info.value_range is None else 1.0,
         }
+        if self.info.classes:
+            settings["labels"] = list(self.info.classes)
         return Deployable({"denoiser": graph}, DriverSpec("sampler", settings), {**schedule, **table.assets()})
 
     def feeds(self, samples: int) -> dict[str, Feed]:

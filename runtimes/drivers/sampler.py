@@ -30,6 +30,7 @@ class Sampler:
         null_row: Row of the empty condition, needed for guidance.
         initial_scale: Standard deviation of the first noise.
         clip: Limit of the absolute value of the final sample, or None.
+        labels: Names of the first condition rows, for apps.
 
     Inputs:
         label: (B,) integer rows of the condition tables. Instead of it, the condition fields themselves may be given.
