@@ -78,7 +78,10 @@ def unpack(path: Path | str, limits: Limits = LIMITS) -> Iterator[tuple[Path, Ma
                     _write(archive, file, expected, folder)
             except OSError as error:
                 raise TargetError(f"cannot unpack {path} to {folder}: {error.strerror or error}") from error
-            check_references(folder, manifest)
+            try:
+                check_references(folder, manifest)
+            except ArtifactError as error:  # the folder will be gone; what the user has is the bundle
+                raise ArtifactError(str(error).replace(str(folder), str(path))) from error
             yield folder, manifest
 
 

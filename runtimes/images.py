@@ -36,7 +36,9 @@ def to_graph(image: Any, port: Port) -> tuple[Array, bool]:
     Raises:
         RequestError: The array is no image, or its channels do not fit.
     """
-    channels, height, width = port.shape[-3:]
+    if len(port.shape) != 4:
+        raise RequestError(f"the model takes {port.name!r} as an array of {len(port.shape)} axes: give it by name")
+    _, channels, height, width = port.shape
     if isinstance(image, (str, Path)):
         image = read_picture(Path(image), gray=channels == 1)
     pixels = _pixels(image)

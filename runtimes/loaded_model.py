@@ -142,7 +142,8 @@ class LoadedModel:
 
     def _result(self, outputs: dict[str, Array], single: bool) -> Any:
         scores = next((port for port in self.outputs if port.kind == "scores" and port.name == "probabilities"), None)
-        images = [port for port in self.outputs if port.kind == "image" and port.name in outputs]
+        given = [port for port in self.outputs if port.name in outputs]
+        images = [port for port in given if port.kind == "image" and outputs[port.name].ndim == 4]
         if scores is not None and outputs[scores.name].ndim == 2:
             found: list[Any] = [self._ranked(row) for row in outputs[scores.name]]
             return found[0] if single else found

@@ -51,6 +51,8 @@ _DTYPES = frozenset(
 _LARGEST_TENSOR = 2**32
 """Elements that the fixed sizes of one input or output may ask for."""
 _MOST_AXES = 16
+_SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx")}
+"""Names by which an engine takes a file for what it is here; by others it may be taken for another format."""
 
 
 class _Entry(BaseModel):
@@ -335,11 +337,15 @@ def check_references(folder: Path, manifest: Manifest) -> None:
     """Refuse ONNX files that refer to bytes outside the files that the manifest lists.
 
     Raises:
-        ArtifactError: A reference to a file that is not listed, or to bytes that it does not have.
+        ArtifactError: A reference to a file that is not listed or to bytes that it does not have, or a file whose name
+            does not say what it is.
     """
     listed = {name for name, _ in manifest.paths()}
+    suffixes = _SUFFIXES.get(manifest.engine.name, ())
     for graph in manifest.graphs.values():
-        if not graph.file.lower().endswith(".onnx"):
+        if suffixes and not graph.file.endswith(suffixes):
+            raise ArtifactError(f"{folder / graph.file} is no file for {manifest.engine.name}: {' or '.join(suffixes)}")
+        if not graph.file.endswith(".onnx"):
             continue
         for reference in external_references(check_relative_path(folder, graph.file)):
             beside = graph.file.rpartition("/")[0]

@@ -28,6 +28,7 @@ _BELOW: Mapping[str, Mapping[int, str]] = {
     "tensor": {13: "external"},
 }
 """Message types by the field of the message that holds them."""
+_OPERATOR = 4
 _DEEPEST = 64
 _LONGEST_TEXT = 4096
 
@@ -68,7 +69,11 @@ def _walk(message: _Message, kind: str, start: int, end: int, depth: int) -> Ite
         below = _BELOW[kind].get(field)
         if below == "external":
             key, value = message.pair(first, last)
+            if key in pairs:
+                message.refuse(f"a reference has two values of {key[:40]!r}")
             pairs[key] = value
+        elif kind == "node" and field == _OPERATOR and message.data[first:last] == b"EPContext":
+            message.refuse("it holds a part that another engine compiled (EPContext), which may name files")
         elif below is not None:
             yield from _walk(message, below, first, last, depth + 1)
     if pairs:

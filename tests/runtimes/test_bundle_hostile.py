@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -404,6 +405,47 @@ def test_bomb_of_arrays_inside_a_bundle_is_refused(yard: Path) -> None:
     refused(yard, zip_of([*files.items()]), "timesteps.npy unpacks to more than 100 times its size")
 
 
+def reference(*pairs: tuple[str, str]) -> bytes:
+    """A model whose one weight lies elsewhere."""
+    tensor = onnx.TensorProto(name="w", dims=[1], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
+    for key, value in pairs:
+        tensor.external_data.add(key=key, value=value)
+    return onnx.ModelProto(graph=onnx.GraphProto(initializer=[tensor])).SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (reference(("location", "a"), ("location", "/etc/passwd")), "two values of 'location'"),
+        (reference(("location", "a"), ("offset", "-1")), "no plain offset"),
+        (reference(("location", "a"), ("length", "9" * 30)), "no plain offset"),
+        (reference(("location", "a" * 5000)), "name of a file is too long"),
+        (
+            onnx.ModelProto(graph=onnx.GraphProto(node=[onnx.NodeProto(op_type="EPContext")])).SerializeToString(),
+            "EPContext",
+        ),
+        (b"", "is no ONNX model"),
+        (b"\x3a\xff\xff\xff\xff\x7f", "longer than the message"),
+        (b"\x3a\x02\x0a" * 2, "ends early|longer|no wire type"),
+        (b"\x0b", "no wire type 3"),
+        (b"\x80" * 12, "number is too long"),
+    ],
+)
+def test_graph_whose_references_are_not_plain_is_refused(tmp_path: Path, data: bytes, said: str) -> None:
+    (tmp_path / "x.onnx").write_bytes(data)
+    with pytest.raises(ArtifactError, match=said) as caught:
+        external_references(tmp_path / "x.onnx")
+    assert "\n" not in str(caught.value)
+
+
+def test_graph_under_a_name_that_hides_what_it_is_is_refused(yard: Path) -> None:
+    files, facts = members(), manifest()
+    files["denoiser.bin"] = files.pop("denoiser.onnx")
+    facts["graphs"]["denoiser"]["file"] = "denoiser.bin"
+    files["manifest.json"] = json.dumps(facts).encode()
+    refused(yard, zip_of([*files.items()]), "is no file for onnxruntime: .onnx")
+
+
 def walked_or_refused(folder: Path, data: bytes) -> None:
     (folder / "x.onnx").write_bytes(data)
     try:
@@ -509,22 +551,20 @@ def test_memory_is_bounded_whatever_a_bundle_claims(tmp_path: Path) -> None:
     for name, data in bundles.items():
         (tmp_path / f"{name}.zip").write_bytes(data)
     code = f"""
-        import resource
         from compressor.errors import CompressorError
+        from compressor.profiles.memory import peak_rss_mb
         from compressor.runtimes import load
 
-        def peak():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
         load("{tmp_path}/good.zip").close()
-        before = peak()
+        before = peak_rss_mb()
         for name in {[name for name in bundles if name != "good"]}:
             try:
                 load(f"{tmp_path}/{{name}}.zip")
                 raise SystemExit(f"{{name}} was loaded")
             except CompressorError as error:
                 print(error)
-        assert peak() - before < 100, f"{{peak() - before:.0f}} MB"
+        grown = peak_rss_mb() - before
+        assert grown < 100, f"{{grown:.0f}} MB"
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-500:] + done.stdout[-500:]
