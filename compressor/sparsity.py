@@ -241,7 +241,8 @@ class Sparsity:
             with torch.no_grad():
                 wanted = outputs_of(dense.module, lambda: loss(dense, batch))[1]
             supervised, guesses = outputs_of(student.module, lambda: loss(student, batch))
-            losses = {"match": relative_error(guesses, wanted)}
+            # some networks return more in training, auxiliary logits for one, behind what they return in use
+            losses = {"match": relative_error(guesses[: len(wanted)], wanted)}
             if self.config.data_weight:
                 losses |= {name: self.config.data_weight * value for name, value in supervised.items()}
             yield Update("student", losses)
@@ -276,10 +277,10 @@ class Sparsity:
 def own_inputs(
     ctx: Context, generator: Denoiser, places: Sequence[int], like: Tensor, condition: Mapping[str, Tensor], i: int
 ) -> tuple[Tensor, Tensor]:
-    """What a few-step generator meets at one of its calls, which is drawn by step i: ``(noised, level)``.
+    """What a few-step generator meets at its calls, one drawn for every sample: ``(noised, level)``.
 
     Args:
-        ctx: Gives noise and the call.
+        ctx: Gives noise and the calls.
         generator: Rolls out from pure noise.
         places: Training levels of its calls, the noisiest first.
         like: (B, C, H, W), a batch of the same shape and device.
@@ -287,9 +288,9 @@ def own_inputs(
         i: The step.
     """
     levels = generator.schedule.sampling_level(torch.tensor(places)).to(like.device)
-    call = int(torch.randint(len(places), (), generator=ctx.rng(i, "call", shared=True)))
+    calls = torch.floor(ctx.uniform(i, len(like), "call") * len(places)).long().to(like.device)
     return backward_simulation(
-        generator, levels, call, condition, lambda number: ctx.normal(i, like.shape, f"call-{number}").to(like.device)
+        generator, levels, calls, condition, lambda number: ctx.normal(i, like.shape, f"call-{number}").to(like.device)
     )
 
 

@@ -17,7 +17,7 @@ __all__ = ["backward_simulation", "level_between", "ode_samples", "renoise"]
 def backward_simulation(
     generator: Denoiser,
     levels: Tensor,
-    stop: int,
+    stop: int | Tensor,
     condition: Mapping[str, Tensor],
     noise: Callable[[int], Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -27,21 +27,23 @@ def backward_simulation(
     input is pure noise, whatever signal the schedule leaves at the noisiest level.
 
     Args:
-        generator: Called ``stop`` times, without gradients.
+        generator: Called as often as the largest ``stop`` says, without gradients.
         levels: ``(N,)``, the levels of its calls, the noisiest first.
-        stop: From 0 to N - 1.
+        stop: From 0 to N - 1; or (B,) int64, a call of its own for every sample.
         condition: Condition fields (B, ...).
         noise: Standard normal noise (B, C, H, W) by number; 0 is the first input.
 
     Returns:
         ``(noised (B, C, H, W), level (B,))``.
     """
-    noised = noise(0)
+    noised = reached = noise(0)
     size = len(noised)
-    for call in range(stop):
+    stops = torch.as_tensor(stop, device=noised.device).expand(size)
+    for call in range(int(stops.max())):
         clean = generator.clean(noised, levels[call].expand(size), condition)
         noised = generator.schedule.add_noise(clean, noise(call + 1), levels[call + 1].expand(size))
-    return noised, levels[stop].expand(size)
+        reached = torch.where((stops > call).view(-1, *[1] * (noised.dim() - 1)), noised, reached)
+    return reached, levels[stops]
 
 
 @torch.no_grad()

@@ -47,6 +47,17 @@ def test_simulated_input_is_the_generators_own_sample_noised_to_the_next_level(n
     assert level.tolist() == [levels[2].item()] * 3
 
 
+def test_every_sample_may_stop_at_a_call_of_its_own() -> None:
+    generator, condition = denoiser("QwenImageTransformer2DModel")
+    levels = generator.schedule.sampling_level(torch.tensor([999, 749, 499]))
+    noises = torch.randn(3, 3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    mixed, level = backward_simulation(generator, levels, torch.tensor([2, 0, 1]), condition, lambda k: noises[k])
+    assert level.tolist() == [levels[2].item(), levels[0].item(), levels[1].item()]
+    for row, stop in enumerate((2, 0, 1)):
+        alone, _ = backward_simulation(generator, levels, stop, condition, lambda k: noises[k])
+        assert torch.equal(mixed[row], alone[row])
+
+
 def test_levels_of_a_range_include_both_ends() -> None:
     uniform = torch.linspace(0, 1, 100_001)[:-1]
     middle = level_between(DDPM, uniform, 0.02, 0.98)
