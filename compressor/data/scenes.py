@@ -17,7 +17,7 @@ from compressor.data.dataset import DataInfo, Sample
 from compressor.data.digits import digits
 from compressor.errors import RequestError
 
-__all__ = ["DigitScenes", "scenes"]
+__all__ = ["NOISE", "PHOTO_CONTRAST", "DigitScenes", "photograph_part", "scaled_digits", "scenes"]
 
 Array = np.ndarray[Any, Any]
 
@@ -90,9 +90,8 @@ def scenes(split: str = "train", size: int = 16, channels: int = 1) -> DigitScen
     if channels not in (1, 3) or not 12 <= size <= 256:
         raise RequestError(f"scenes have 1 or 3 channels and an edge of 12 to 256, not {channels} and {size}")
     source = digits(split)
-    masks = _scaled(source.fields["image"][:, 0], size * 3 // 4)
-    photographs = _photographs()
-    part = photographs[:, :, TRAIN_COLUMNS:] if split == "test" else photographs[:, :, :TRAIN_COLUMNS]
+    masks = scaled_digits(source.fields["image"][:, 0], size * 3 // 4)
+    part = photograph_part(split)
     if min(part.shape[1:3]) < size:
         raise RequestError(f"scenes of the test split have an edge of at most {min(part.shape[1:3])}, not {size}")
     facts = (split, size, channels, RENDERS[split], PHOTO_CONTRAST, NOISE, source.info.fingerprint)
@@ -101,7 +100,13 @@ def scenes(split: str = "train", size: int = 16, channels: int = 1) -> DigitScen
     return DigitScenes(info, split, masks, source.fields["label"], part, RENDERS[split])
 
 
-def _scaled(images: Array, edge: int) -> Array:
+def photograph_part(split: str) -> Array:
+    """The columns of the photographs that a split sees, (P, H, W, 3) float32 in [0, 1]."""
+    photographs = _photographs()
+    return photographs[:, :, TRAIN_COLUMNS:] if split == "test" else photographs[:, :, :TRAIN_COLUMNS]
+
+
+def scaled_digits(images: Array, edge: int) -> Array:
     """Images (N, 8, 8) resized bilinearly to (N, edge, edge)."""
     where = np.clip((np.arange(edge) + 0.5) * images.shape[1] / edge - 0.5, 0, images.shape[1] - 1)
     low = np.minimum(where.astype(int), images.shape[1] - 2)

@@ -2,6 +2,7 @@
 
 digits[:SIZE]          scenes[:SIZE][?channels=3]     imagefolder:DIR[?size=..,skip_bad=true]
 torchvision:NAME:ROOT  hf:DIR                         latents:DIR          python:module:factory
+scenes:SIZE?masks=true segfolder:DIR[?classes=..]
 """
 
 from __future__ import annotations
@@ -37,14 +38,23 @@ def _latents(argument: str, split: str) -> Dataset:
 
 
 def _scenes(argument: str, split: str) -> Dataset:
-    from compressor.data.scenes import scenes
-
     size, options = split_options(argument)
+    masks = bool(options.pop("masks", False))
+    known = ("channels", "objects") if masks else ("channels",)
     for key in options:
-        if key != "channels":
-            raise RequestError(f"`scenes:{argument}`: unknown option {key!r}: scenes take channels")
+        if key not in known:
+            raise RequestError(
+                f"`scenes:{argument}`: unknown option {key!r}: scenes take channels and masks=true, with masks also "
+                "objects"
+            )
     if size and not size.isdecimal():
         raise RequestError(f"`scenes:{argument}`: the size must be a number, as in scenes:32")
+    if masks:
+        from compressor.data.segmented_scenes import segmented_scenes
+
+        return segmented_scenes(split, int(size or 32), options.get("channels", 1), options.get("objects", 3))
+    from compressor.data.scenes import scenes
+
     return scenes(split, int(size or 16), options.get("channels", 1))
 
 
@@ -52,6 +62,12 @@ def _imagefolder(argument: str, split: str) -> Dataset:
     from compressor.data.imagefolder import imagefolder
 
     return imagefolder(argument, split)
+
+
+def _segfolder(argument: str, split: str) -> Dataset:
+    from compressor.data.segfolder import segfolder
+
+    return segfolder(argument, split)
 
 
 def _torchvision(argument: str, split: str) -> Dataset:
@@ -79,6 +95,7 @@ SOURCES: dict[str, Any] = {
     "latents": _latents,
     "python": _python,
     "scenes": _scenes,
+    "segfolder": _segfolder,
     "torchvision": _torchvision,
 }
 """Loaders ``(argument, split) -> Dataset`` by the word before the colon."""

@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compressor.losses.precision import at_least_float32
+from compressor.losses.statistics import masked_mean
 
-__all__ = ["pixel_cross_entropy", "region_mean"]
+__all__ = ["map_cross_entropy", "pixel_cross_entropy", "region_mean"]
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> tuple[Tensor, Tensor]:
@@ -24,6 +25,21 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 2
     """
     cross_entropy = F.cross_entropy(at_least_float32(logits), labels, ignore_index=ignore_index, reduction="none")
     return cross_entropy, labels != ignore_index
+
+
+def map_cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = 255) -> Tensor:
+    """Cross-entropy with a mask, mean over the pixels that count; a differentiable 0 where none does.
+
+    Args:
+        logits: ``(B, K, H, W)`` float.
+        labels: ``(B, H, W)`` int64 in ``0..K-1``, or ``ignore_index``.
+        ignore_index: The label of pixels that do not count.
+
+    Returns:
+        Scalar in nats, float32 or wider.
+    """
+    cross_entropy, valid = pixel_cross_entropy(logits, labels, ignore_index=ignore_index)
+    return masked_mean(cross_entropy, valid)
 
 
 def region_mean(values: Tensor, valid: Tensor, grid_size: tuple[int, int]) -> tuple[Tensor, Tensor]:

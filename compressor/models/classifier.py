@@ -1,73 +1,30 @@
-"""A classifier of whatever library: raw pixels in, logits out, with the normalisation that its weights expect.
-
-What the weights alone do not say stands in ``Model.info.extra``:
-
-- ``mean``, ``std``: of its normalisation, one number a channel, for pixels in [0, 1]; raw pixels without them;
-- ``size``: [H, W] of the only input that it takes; absent where any size will do;
-- ``classes``: names of its classes, where they are known.
-"""
+"""A classifier of whatever library: raw pixels in, logits out, with the normalisation that its weights expect."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compressor.errors import ModelError
-from compressor.models.feature_layers import FeatureLayer, as_embedding, as_map, head_layer, layers_named, stages
-from compressor.models.model import Model
+from compressor.models.feature_layers import as_embedding, head_layer
+from compressor.models.image_network import ImageNetwork
 from compressor.models.taps import tap
 
 __all__ = ["Classifier", "ClassifierGraph"]
 
 
-class Classifier:
-    """A `Model` as a classifier.
+class Classifier(ImageNetwork):
+    """A `Model` as a classifier: its module maps images (B, C, H, W) to logits (B, K), or to an output with ``logits``.
 
-    Args:
-        model: Any module that maps images (B, C, H, W) to logits (B, K), or to an output that holds ``logits``.
-
-    Attributes:
-        mean, std: One number a channel.
-        size: (H, W) of its inputs, or None.
+    See `compressor.models.image_network` for what ``Model.info.extra`` tells of it.
     """
-
-    def __init__(self, model: Model) -> None:
-        self.model, extra = model, model.info.extra
-        self.mean: tuple[float, ...] = tuple(extra.get("mean") or (0.0,))
-        self.std: tuple[float, ...] = tuple(extra.get("std") or (1.0,))
-        self.size: tuple[int, int] | None = tuple(extra["size"]) if extra.get("size") else None  # type: ignore[assignment]
-        self._constants: dict[torch.device, tuple[Tensor, Tensor]] = {}
-
-    @property
-    def module(self) -> nn.Module:
-        """The library's module."""
-        return self.model.module
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The module's parameters."""
-        return self.module.parameters()
-
-    def normalise(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, C, H, W) in [0, 1] as the module's input; gray images fill all channels of a colour model."""
-        if pixels.device not in self._constants:
-            pair = torch.tensor([self.mean, self.std], device=pixels.device)[:, None, :, None, None]
-            self._constants[pixels.device] = (pair[0], pair[1])
-        mean, std = self._constants[pixels.device]
-        return (pixels - mean) / std
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Logits (B, K) of pixels (B, C, H, W) in [0, 1]; other sizes than the model's own are resized bilinearly."""
         return call_module(self.module, self.normalise(pixels), self.size)
-
-    def features(self, pixels: Tensor, layers: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
-        """Logits, and the outputs of the named layers as maps (B, C, H, W), all with their gradients."""
-        with tap(self.module, *layers) as outputs:
-            logits = self(pixels)
-        return logits, [as_map(outputs[name]) for name in layers]
 
     def embed(self, pixels: Tensor, head: str) -> tuple[Tensor, Tensor]:
         """Logits, and what the named head layer reads, as vectors (B, D), both with their gradients."""
@@ -75,18 +32,9 @@ class Classifier:
             logits = self(pixels)
         return logits, as_embedding(inputs[head])
 
-    def layers(self, image_shape: Sequence[int], names: Sequence[str] | None = None) -> list[FeatureLayer]:
-        """Its stages for images of the shape (C, H, W), shallow to deep; or the layers of the given names."""
-        run = self._trial(image_shape)
-        return stages(self.module, run) if names is None else layers_named(self.module, run, names)
-
     def head(self, image_shape: Sequence[int]) -> str:
         """Name of the layer that reads the embedding."""
         return head_layer(self.module, self._trial(image_shape))
-
-    def _trial(self, image_shape: Sequence[int]) -> Callable[[], Tensor]:
-        device = next(self.module.parameters()).device
-        return lambda: self(torch.zeros(1, *image_shape, device=device))
 
 
 class ClassifierGraph(nn.Module):

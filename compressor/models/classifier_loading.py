@@ -26,7 +26,10 @@ from compressor.models.checkpoint_files import load_state, read_state
 from compressor.models.model import Model, ModelInfo
 from compressor.spec_options import split_options
 
-__all__ = ["LIBRARIES", "build_classifier", "load_classifier", "write_library_files"]
+__all__ = [
+    "LIBRARIES", "Argument", "build_classifier", "create_timm", "create_torchvision", "create_transformers",
+    "load_classifier", "write_library_files",
+]  # fmt: skip
 
 LIBRARIES = ("timm", "torchvision", "transformers")
 
@@ -72,29 +75,38 @@ def load_classifier(
         ModelError: There is no such model, or its weights are damaged or do not fit.
     """
     argument = Argument.parse(text)
-    changes = {key: argument.take(key) for key in ("mean", "std") if key in argument.options}
+    changes: dict[str, Any] = {key: argument.take(key) for key in ("mean", "std") if key in argument.options}
     if library == "timm":
         model = _load_timm(argument, dict(defaults or {}))
     elif library == "torchvision":
         model = _load_torchvision(argument, dict(defaults or {}))
     else:
         model = _load_transformers(argument, dict(defaults or {}), trust_remote_code)
+    model.module.eval()
+    return with_normalisation(model, changes, f"{library}:{text}")
+
+
+def with_normalisation(model: Model, changes: Mapping[str, Any], spec: str) -> Model:
+    """The model with the ``mean`` and ``std`` that its spec gives.
+
+    Raises:
+        RequestError: They are no numbers.
+    """
     for key, value in changes.items():
         numbers = value if isinstance(value, list) else [value]
         if not numbers or not all(isinstance(number, (int, float)) for number in numbers):
-            raise RequestError(f"{library}:{text}: {key} must be one number a channel, as in {key}=[0.5,0.5,0.5]")
+            raise RequestError(f"{spec}: {key} must be one number a channel, as in {key}=[0.5,0.5,0.5]")
         model.info.extra[key] = [float(number) for number in numbers]
-    model.module.eval()
     return model
 
 
 def build_classifier(info: ModelInfo) -> nn.Module:
-    """The module of a description, with random weights."""
+    """The module of a description, with random weights: a classifier, or another class of the same libraries."""
     if info.library == "timm":
-        return _create_timm(info.architecture, info.config)
+        return create_timm(info.architecture, info.config)
     if info.library == "torchvision":
-        return _create_torchvision(info.architecture, info.config)
-    return _create_transformers(info.architecture, info.config)
+        return create_torchvision(info.architecture, info.config)
+    return create_transformers(info.architecture, info.config)
 
 
 def write_library_files(model: Model, directory: Path) -> None:
@@ -108,7 +120,7 @@ def write_library_files(model: Model, directory: Path) -> None:
             "architecture": info.architecture,
             "num_classes": module.num_classes,
             "model_args": info.config,
-            "pretrained_cfg": _json(_pretrained_facts(module)) | normalisation | {"num_classes": module.num_classes},
+            "pretrained_cfg": as_json(_pretrained_facts(module)) | normalisation | {"num_classes": module.num_classes},
         }
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     elif info.library == "transformers":
@@ -130,11 +142,11 @@ def _load_timm(argument: Argument, defaults: dict[str, Any]) -> Model:
     if argument.file is not None:
         state = read_state(argument.file)
         config = _classes_of(state, _timm_head(name), config)
-        module = _create_timm(name, config)
+        module = create_timm(name, config)
         load_state(module, state, argument.file)
     else:
         config = {**defaults, **config}
-        module = _create_timm(name, config, pretrained)
+        module = create_timm(name, config, pretrained)
     return _timm_model(module, name.partition(".")[0] if "hf-hub:" not in name else _hub_name(module), config)
 
 
@@ -151,7 +163,7 @@ def _load_timm_folder(folder: Path, argument: Argument) -> Model:
         raise ModelError(f"timm:{folder} holds no weights (model.safetensors)")
     config = {**(stored.get("model_args") or {}), **argument.options}
     config.setdefault("num_classes", stored.get("num_classes", known.get("num_classes", 1000)))
-    module = _create_timm(architecture, config)
+    module = create_timm(architecture, config)
     load_state(module, read_state(weights[0]), weights[0])
     model = _timm_model(module, architecture, config)
     model.info.extra.update({key: list(known[key]) for key in ("mean", "std") if known.get(key)})
@@ -160,13 +172,14 @@ def _load_timm_folder(folder: Path, argument: Argument) -> Model:
     return model
 
 
-def _create_timm(name: str, config: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+def create_timm(name: str, config: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """A model of timm by its name and the arguments of its constructor."""
     import timm
 
     plain = name.partition(".")[0]
     if not name.startswith("hf-hub:") and not timm.is_model(plain):
         raise ModelError(f"timm has no model {plain!r}: {nearest(plain, timm.list_models())}")
-    with _reported(f"timm:{name}"):
+    with reported(f"timm:{name}"):
         module: nn.Module = timm.create_model(name, pretrained=pretrained, **config)
     return module
 
@@ -194,8 +207,8 @@ def _timm_model(module: nn.Module, architecture: str, config: Mapping[str, Any])
     known = _pretrained_facts(module)
     channels = int(config.get("in_chans", (known.get("input_size") or (3,))[0]))
     extra: dict[str, Any] = {
-        "mean": _for_channels(known.get("mean") or IMAGENET_MEAN, channels),
-        "std": _for_channels(known.get("std") or IMAGENET_STD, channels),
+        "mean": for_channels(known.get("mean") or IMAGENET_MEAN, channels),
+        "std": for_channels(known.get("std") or IMAGENET_STD, channels),
         "channels": channels,
     }
     embed = getattr(module, "patch_embed", None)
@@ -203,10 +216,10 @@ def _timm_model(module: nn.Module, architecture: str, config: Mapping[str, Any])
     if known.get("fixed_input_size", False) if fixed is None else fixed:
         size = getattr(embed, "img_size", None) or config.get("img_size") or known["input_size"][1:]
         extra["size"] = [int(size), int(size)] if isinstance(size, int) else [int(edge) for edge in size]
-    return Model(module, ModelInfo("timm", architecture, _json(dict(config)), (), extra))
+    return Model(module, ModelInfo("timm", architecture, as_json(dict(config)), (), extra))
 
 
-def _for_channels(values: Any, channels: int) -> list[float]:
+def for_channels(values: Any, channels: int) -> list[float]:
     numbers = [float(value) for value in values]
     return numbers if len(numbers) == channels else [round(sum(numbers) / len(numbers), 6)] * channels
 
@@ -222,41 +235,45 @@ def _load_torchvision(argument: Argument, defaults: dict[str, Any]) -> Model:
     if argument.file is not None:
         state = read_state(argument.file)
         config = _classes_of(state, None, config)
-        module = _create_torchvision(argument.name, config)
+        module = create_torchvision(argument.name, config)
         load_state(module, state, argument.file)
     elif pretrained and "num_classes" in config:
         raise ModelError(
             f"torchvision:{argument.name}: pretrained weights have their own classes; leave num_classes out"
         )
     elif pretrained:
-        module = _create_torchvision(argument.name, config, pretrained)
+        module = create_torchvision(argument.name, config, pretrained)
     else:
         config = {**classes, **config}
-        module = _create_torchvision(argument.name, config)
+        module = create_torchvision(argument.name, config)
     extra: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD, "channels": 3}
     if pretrained:
-        extra |= _torchvision_normalisation(argument.name)
+        extra |= torchvision_normalisation(argument.name)
     if isinstance(size := getattr(module, "image_size", None), int):
         extra["size"] = [size, size]
-    return Model(module, ModelInfo("torchvision", argument.name, _json(config), (), extra))
+    return Model(module, ModelInfo("torchvision", argument.name, as_json(config), (), extra))
 
 
-def _create_torchvision(name: str, config: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+def create_torchvision(name: str, config: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
+    """A classifier or segmenter of torchvision by its name and the arguments of its constructor."""
     import torchvision
 
     known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ModelError(f"torchvision has no classifier {name!r}: {nearest(name, known)}")
+    segmenters = torchvision.models.list_models(module=torchvision.models.segmentation)
+    if name not in (*known, *segmenters):
+        raise ModelError(f"torchvision has no classifier or segmenter {name!r}: {nearest(name, [*known, *segmenters])}")
     # GoogLeNet and Inception draw their weights from a truncated normal of scipy unless they are told not to.
-    slow = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
-    with _reported(f"torchvision:{name}"):
+    slow: dict[str, Any] = {"init_weights": True} if name in ("googlenet", "inception_v3") and not pretrained else {}
+    if name in segmenters:
+        slow = {"weights_backbone": None}  # they would be downloaded
+    with reported(f"torchvision:{name}"):
         module: nn.Module = torchvision.models.get_model(
             name, weights="DEFAULT" if pretrained else None, **{**slow, **config}
         )
     return module
 
 
-def _torchvision_normalisation(name: str) -> dict[str, Any]:
+def torchvision_normalisation(name: str) -> dict[str, Any]:
     import torchvision
 
     transforms = torchvision.models.get_model_weights(name).DEFAULT.transforms()
@@ -278,19 +295,19 @@ def _load_transformers(argument: Argument, defaults: dict[str, Any], trust_remot
     pretrained, options = bool(argument.take("pretrained", True)), dict(argument.options)
     common = {"local_files_only": local, "trust_remote_code": trust_remote_code}
     if not pretrained:
-        options = {**_named({**defaults}), **_named(options)}
-    with _reported(f"transformers:{name}"), _quiet(transformers):
+        options = {**library_names({**defaults}), **library_names(options)}
+    with reported(f"transformers:{name}"), quiet(transformers):
         factory = transformers.AutoModelForImageClassification
         if pretrained:
-            module, report = factory.from_pretrained(name, **_named(options), **common, output_loading_info=True)
-            _refuse_missing(name, report, new_head="num_labels" in _named(options))
+            module, report = factory.from_pretrained(name, **library_names(options), **common, output_loading_info=True)
+            refuse_missing(name, report, new_head="num_labels" in library_names(options))
         else:
             config = transformers.AutoConfig.from_pretrained(name, **options, **common)
             module = factory.from_config(config, trust_remote_code=trust_remote_code)
-    config = _json(module.config.to_dict())
-    extra = {"channels": int(config.get("num_channels") or 3), **_transformers_preprocessing(name, local)}
+    config = as_json(module.config.to_dict())
+    extra = {"channels": int(config.get("num_channels") or 3), **transformers_preprocessing(name, local)}
     for key in ("mean", "std"):
-        extra[key] = _for_channels(extra.get(key, [0.5]), extra["channels"])
+        extra[key] = for_channels(extra.get(key, [0.5]), extra["channels"])
     size = config.get("image_size")
     if size:
         extra["size"] = [int(size), int(size)] if isinstance(size, int) else [int(edge) for edge in size]
@@ -300,18 +317,19 @@ def _load_transformers(argument: Argument, defaults: dict[str, Any], trust_remot
     return Model(module.float(), ModelInfo("transformers", type(module).__name__, config, (), extra))
 
 
-def _refuse_missing(name: str, report: Mapping[str, Any], new_head: bool) -> None:
-    """A folder without a classification head would silently get a random one."""
+def refuse_missing(name: str, report: Mapping[str, Any], new_head: bool, kind: str = "classifier") -> None:
+    """A folder without the head of its kind would silently get a random one."""
     missing = sorted(report.get("missing_keys") or ())
     if missing and not new_head:
         raise ModelError(
-            f"transformers:{name} is no trained classifier: it holds no weights for {missing[0]}"
+            f"transformers:{name} is no trained {kind}: it holds no weights for {missing[0]}"
             f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}; "
             "?num_classes=N gives it a new head, ?pretrained=false all new weights"
         )
 
 
-def _create_transformers(architecture: str, config: Mapping[str, Any]) -> nn.Module:
+def create_transformers(architecture: str, config: Mapping[str, Any]) -> nn.Module:
+    """A model of a class of transformers by its configuration."""
     import transformers
 
     found = getattr(transformers, architecture, None)
@@ -319,12 +337,12 @@ def _create_transformers(architecture: str, config: Mapping[str, Any]) -> nn.Mod
         raise ModelError(
             f"transformers {transformers.__version__} has no class {architecture}: is a newer version needed?"
         )
-    with _reported(f"transformers:{architecture}"):
+    with reported(f"transformers:{architecture}"):
         module: nn.Module = found(found.config_class.from_dict(dict(config)))
     return module
 
 
-def _named(options: Mapping[str, Any]) -> dict[str, Any]:
+def library_names(options: Mapping[str, Any]) -> dict[str, Any]:
     """transformers calls them ``num_labels`` and ``num_channels``."""
     names = {"num_classes": "num_labels", "in_chans": "num_channels", "img_size": "image_size"}
     renamed = {names.get(key, key): value for key, value in options.items()}
@@ -333,7 +351,7 @@ def _named(options: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
-def _transformers_preprocessing(name: str, local: bool) -> dict[str, Any]:
+def transformers_preprocessing(name: str, local: bool) -> dict[str, Any]:
     """Mean and standard deviation for pixels in [0, 1], from ``preprocessor_config.json``."""
     from transformers.utils import cached_file
 
@@ -355,7 +373,7 @@ def _transformers_preprocessing(name: str, local: bool) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     """Without the progress bar of a few milliseconds."""
     logging = transformers.utils.logging
     shown = logging.is_progress_bar_enabled() if hasattr(logging, "is_progress_bar_enabled") else True
@@ -382,7 +400,7 @@ def _classes_of(state: Mapping[str, Tensor], head: str | None, config: Mapping[s
 
 
 @contextlib.contextmanager
-def _reported(what: str) -> Iterator[None]:
+def reported(what: str) -> Iterator[None]:
     """Whatever a library raises while it makes a model, as one line."""
     try:
         yield
@@ -397,5 +415,5 @@ def _first_line(error: BaseException) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value, default=str))

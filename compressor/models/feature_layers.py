@@ -21,6 +21,8 @@ from compressor.models.taps import first_tensor, tap
 
 __all__ = ["FeatureLayer", "as_embedding", "as_map", "head_layer", "layers_named", "pair_layers", "stages"]
 
+ImageSize = tuple[int, int] | None
+
 _MAX_PREFIX_TOKENS = 8  # class, distillation and register tokens stand before those of the image
 
 
@@ -44,24 +46,28 @@ class _Call:
     output: Tensor
 
 
-def stages(module: nn.Module, run: Callable[[], Any]) -> list[FeatureLayer]:
+def stages(module: nn.Module, run: Callable[[], Any], image_size: ImageSize = None) -> list[FeatureLayer]:
     """The stages of a network, shallow to deep.
 
     Args:
         module: The network.
         run: Calls it once, on one image.
+        image_size: (H, W) of that image, by which maps that are not square are told from tokens.
 
     Raises:
         RequestError: It has no layer whose output is a map or a sequence of tokens.
     """
     calls = _record(module, run)
-    named = _timm_names(module, calls) or _by_resolution(module, calls) or _by_depth(calls)
+    named = _timm_names(module, calls) or _by_resolution(module, calls, image_size) or _by_depth(calls)
     if not named:
         raise RequestError(f"{type(module).__name__} shows no feature maps: name the layers in the configuration")
-    return [FeatureLayer(name, _map_shape(calls, name)) for name in named]
+    outputs = {call.name: call.output for call in calls}
+    return [FeatureLayer(name, _shape(as_map(outputs[name], image_size))) for name in named]
 
 
-def layers_named(module: nn.Module, run: Callable[[], Any], names: Sequence[str]) -> list[FeatureLayer]:
+def layers_named(
+    module: nn.Module, run: Callable[[], Any], names: Sequence[str], image_size: ImageSize = None
+) -> list[FeatureLayer]:
     """Layers that the user named, with the shapes of their maps.
 
     Raises:
@@ -72,23 +78,26 @@ def layers_named(module: nn.Module, run: Callable[[], Any], names: Sequence[str]
     for name in names:
         if name not in found:
             raise RequestError(f"the layer {name!r} of {type(module).__name__} does not run")
-    return [FeatureLayer(name, _shape(as_map(found[name]))) for name in names]
+    return [FeatureLayer(name, _shape(as_map(found[name], image_size))) for name in names]
 
 
-def head_layer(module: nn.Module, run: Callable[[], Any]) -> str:
+def head_layer(module: nn.Module, run: Callable[[], Any], *, axis: int = -1, without: str = "") -> str:
     """The name of the layer that turns the embedding into logits: the last linear layer of their width.
 
     Args:
         module: The network.
-        run: Calls it once, on one image, and returns its logits (1, K).
+        run: Calls it once, on one image, and returns its logits.
+        axis: The classes' axis in the logits.
+        without: Layers with this in their names do not count.
 
     Raises:
         RequestError: There is none.
     """
     logits: list[Tensor] = []
     calls = _record(module, lambda: logits.append(run()))
-    width = logits[0].shape[-1]
+    width = logits[0].shape[axis]
     found = [c.name for c in calls if isinstance(c.module, (nn.Linear, nn.Conv2d)) and _width(c.module) == width]
+    found = [name for name in found if not without or without not in name]
     if not found:
         raise RequestError(f"{type(module).__name__} has no linear layer of {width} outputs to read the embedding at")
     return found[-1]
@@ -115,24 +124,35 @@ def pair_layers(
     return list(zip(sides[0][-number:], sides[1][-number:], strict=True))
 
 
-def as_map(features: Tensor) -> Tensor:
-    """Features as a map (B, C, H, W): channels last become first, tokens (B, N, C) a square without prefix tokens.
+def as_map(features: Tensor, image_size: ImageSize = None) -> Tensor:
+    """Features as a map (B, C, H, W): channels last become first, tokens (B, N, C) a grid without prefix tokens.
+
+    Args:
+        features: What a layer returned.
+        image_size: (H, W) of the image, whose shape a map has; a square by default.
 
     Raises:
         RequestError: They are neither.
     """
+    ratio = image_size[0] / image_size[1] if image_size is not None else 1.0
     if features.dim() == 4:
         _, first, second, third = features.shape
-        # Swin and its kin keep channels last; only a square map shows it.
-        last = first == second and second != third
+        # Swin and its kin keep channels last; only the shape of the map shows it.
+        last = _alike(first, second, ratio) and not _alike(second, third, ratio)
         return features.permute(0, 3, 1, 2) if last else features
     if features.dim() == 3:
         count = features.shape[1]
         for prefix in range(min(_MAX_PREFIX_TOKENS, count)):
-            edge = math.isqrt(count - prefix)
-            if edge * edge == count - prefix:
-                return features[:, prefix:].transpose(1, 2).unflatten(2, (edge, edge))
-    raise RequestError(f"features of shape {tuple(features.shape)} are no map (B, C, H, W) and no square of tokens")
+            height = round(math.sqrt((count - prefix) * ratio))
+            width = round(math.sqrt((count - prefix) / ratio))
+            if height * width == count - prefix and _alike(height, width, ratio):
+                return features[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+    raise RequestError(f"features of shape {tuple(features.shape)} are no map (B, C, H, W) and no grid of tokens")
+
+
+def _alike(height: int, width: int, ratio: float) -> bool:
+    """Whether a map has an image's shape, up to the rounding of its strides."""
+    return height == width if ratio == 1.0 else abs(height - width * ratio) < max(1.0, ratio)
 
 
 def as_embedding(features: Tensor) -> Tensor:
@@ -190,15 +210,15 @@ def _timm_names(module: nn.Module, calls: Sequence[_Call]) -> list[str]:
     return _quarters(named) if len(reductions) == 1 else named
 
 
-def _by_resolution(module: nn.Module, calls: Sequence[_Call]) -> list[str]:
+def _by_resolution(module: nn.Module, calls: Sequence[_Call], image_size: ImageSize) -> list[str]:
     """The outermost last unit at each resolution: a child of the network itself, or of a chain of layers."""
     names = dict(module.named_modules())
     last: dict[tuple[int, ...], tuple[int, str]] = {}
     smallest = math.inf
     for call in calls:
         parent, _, _ = call.name.rpartition(".")
-        size = _map_size(call.output)
-        if size is None or (parent and not isinstance(names[parent], (nn.Sequential, nn.ModuleList))):
+        size = _map_size(call.output, image_size)
+        if size is None or (parent and not isinstance(names[parent], (nn.Sequential, nn.ModuleList, nn.ModuleDict))):
             continue
         smallest, depth = min(smallest, math.prod(size)), call.name.count(".")
         # A size that grows again is a pooling layer in front of the head.
@@ -228,18 +248,14 @@ def _quarters(names: Sequence[str]) -> list[str]:
     return [names[(k + 1) * len(names) // count - 1] for k in range(count)]
 
 
-def _map_size(features: Tensor) -> tuple[int, int] | None:
+def _map_size(features: Tensor, image_size: ImageSize) -> tuple[int, int] | None:
     if features.dim() not in (3, 4):
         return None
     try:
-        height, width = as_map(features).shape[-2:]
+        height, width = as_map(features, image_size).shape[-2:]
     except RequestError:
         return None
     return int(height), int(width)
-
-
-def _map_shape(calls: Sequence[_Call], name: str) -> tuple[int, int, int]:
-    return _shape(as_map(next(call.output for call in calls if call.name == name)))
 
 
 def _shape(features: Tensor) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """Model specs: a kind and what it names.
 
 diffusers:DIR_OR_ID[#subfolder]   timm:NAME[@FILE][?key=value,...]   torchvision:NAME   transformers:DIR_OR_ID
-run:RUN_DIR                       python:module:factory              demo:NAME
+run:RUN_DIR[#STUDENT]             python:module:factory              demo:NAME
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from compressor.data.sources import import_object
 from compressor.errors import ModelError, RequestError, nearest
 from compressor.models.classifier_loading import LIBRARIES, build_classifier, load_classifier
 from compressor.models.model import Model, ModelInfo, load_model
+from compressor.models.segmenter_loading import load_segmenter
 
 __all__ = ["KINDS", "build_module", "load_model_spec", "load_weights", "split_spec"]
 
@@ -38,14 +39,21 @@ def split_spec(spec: str) -> tuple[str, str]:
     return kind, argument
 
 
-def load_model_spec(spec: str, *, trust_remote_code: bool = False, defaults: Mapping[str, Any] | None = None) -> Model:
+def load_model_spec(
+    spec: str,
+    *,
+    trust_remote_code: bool = False,
+    defaults: Mapping[str, Any] | None = None,
+    task: str | None = "classification",
+) -> Model:
     """Load a model; `demo:` specs are made by `compressor.models.demos` instead.
 
     Args:
         spec: ``KIND:NAME``.
         trust_remote_code: Let a model folder bring code that is run.
-        defaults: ``num_classes`` and ``in_chans`` of a student classifier whose spec leaves them open (the task's
+        defaults: ``num_classes`` and ``in_chans`` of a student whose spec leaves them open (the task's
             ``student_defaults``).
+        task: Which of a library's models is meant: "segmentation" for segmenters, else classifiers.
 
     Raises:
         ModelError: There is no such model, or its files are damaged.
@@ -54,15 +62,22 @@ def load_model_spec(spec: str, *, trust_remote_code: bool = False, defaults: Map
     if kind == "diffusers":
         return _load_diffusers(argument, trust_remote_code)
     if kind in LIBRARIES:
-        return load_classifier(kind, argument, defaults=defaults, trust_remote_code=trust_remote_code)
+        loader = load_segmenter if task == "segmentation" else load_classifier
+        return loader(kind, argument, defaults=defaults, trust_remote_code=trust_remote_code)
     if kind == "run":
-        return load_model(Path(argument) / "student")
+        return load_model(_student_folder(argument))
     if kind == "python":
         made = import_object(argument, "a model")()
         if not isinstance(made, Model):
             raise ModelError(f"{spec} returned a {type(made).__name__}; it must return compressor.models.model.Model")
         return made
     raise ModelError(f"{spec} cannot be loaded here")
+
+
+def _student_folder(argument: str) -> Path:
+    """``RUN_DIR``, or ``RUN_DIR#NAME`` for another student than the main one."""
+    directory, _, name = argument.partition("#")
+    return Path(directory) / ("students" if name else "student") / name
 
 
 def _library_class(library: str, name: str) -> Any:

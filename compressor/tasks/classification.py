@@ -50,6 +50,8 @@ class Classification:
         "label": "integer class in 0..K-1",
     }
 
+    target: ClassVar[str] = "label"
+
     def __init__(self, data: Mapping[str, str], options: Mapping[str, Any]) -> None:
         try:
             self.options = Options.model_validate(dict(options))
@@ -90,6 +92,10 @@ class Classification:
     def student_defaults(self) -> dict[str, int]:
         """What a student's spec may leave open: the data say it."""
         return {"num_classes": self.classes, "in_chans": self.info.shape[0]}
+
+    def network(self, model: Model) -> Classifier:
+        """The model as a function of raw pixels."""
+        return Classifier(model)
 
     def view(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator] = ()) -> Batch:
         """The collation of batches, without augmentation."""

@@ -42,7 +42,7 @@ class TrainingConfig(MethodConfig):
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient; None for no limit."""
     augment: Augmentation = "auto"
-    """What batches show of the images: "none", "shift", "crop", with "-flip"; "auto" is what suits the data."""
+    """What batches show of the images: "none", "shift", "crop", "scale", with "-flip"; "auto" suits the data."""
     views: int | None = Field(None, ge=1)
     """Different augmentations of every image, after which batches repeat; None draws new ones for ever."""
     data_seed: int | None = Field(None, ge=0)

@@ -127,7 +127,7 @@ def test_a_picture_that_breaks_after_the_check_is_named(tmp_path: Path) -> None:
 def test_pictures_are_looked_at_again_only_when_a_file_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = folder(tmp_path / "set")
     first = imagefolder(str(root), "train").info.fingerprint
-    monkeypatch.setattr("compressor.data.imagefolder._look", None)
+    monkeypatch.setattr("compressor.data.imagefolder.look_at", None)
     assert imagefolder(str(root), "train").info.fingerprint == first
     monkeypatch.undo()
     os.utime(root / "cat" / "0.png", (1, 1))

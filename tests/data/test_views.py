@@ -93,3 +93,19 @@ def test_cutmix_takes_one_box_from_other_images_and_keeps_the_rest() -> None:
     assert all(len(set(one.flatten().tolist())) == 1 for one in box)
     assert sorted(float(one.flatten()[0]) for one in box) == [0, 1, 2, 3, 4, 5]
     assert torch.equal(images, torch.arange(6.0)[:, None, None, None].expand(6, 1, 12, 12))
+
+
+@pytest.mark.parametrize("kind", ["shift", "crop", "scale", "shift-flip", "crop-flip", "scale-flip"])
+def test_a_mask_goes_where_its_image_goes_and_stays_whole(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 4, (64, 2, 2)).repeat(8, axis=1).repeat(8, axis=2)
+    samples = [{"image": (block[None] / 4).astype(np.float32), "mask": block} for block in blocks]
+    info = DataInfo("blocks", "", ("a", "b", "c", "d"), (1, 16, 16), extra={"ignore_index": 9})
+    view = training_view(kind, info)
+    batch = view(samples, [np.random.default_rng(k) for k in range(64)])
+    image, mask = batch["image"].numpy()[:, 0], batch["mask"].numpy()
+    inside = mask != 9
+    assert set(np.unique(mask)) <= {0, 1, 2, 3, 9}
+    assert (np.abs(image - mask / 4) < 0.13)[inside].mean() > 0.85  # bilinear edges differ from the nearest class
+    assert not np.array_equal(mask, blocks)
+    assert kind.startswith("scale") == bool((~inside).any())

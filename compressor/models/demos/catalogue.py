@@ -41,6 +41,8 @@ DEMOS = {
     "digits-unet": "compressor.models.demos.diffusion:DigitsUNet",
     "scenes-cnn": "compressor.models.demos.classifiers:ScenesCNN",
     "scenes-cnn-small": "compressor.models.demos.classifiers:ScenesCNNSmall",
+    "scenes-segformer": "compressor.models.demos.segmenters:ScenesSegformer",
+    "scenes-segmenter": "compressor.models.demos.segmenters:ScenesSegmenter",
     "scenes-vit": "compressor.models.demos.classifiers:ScenesViT",
 }
 """Demo classes by name; other packages add theirs through the entry-point group ``compressor.demos``."""
