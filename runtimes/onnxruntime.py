@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ _DTYPES = {
     "tensor(int8)": "int8", "tensor(int16)": "int16", "tensor(int32)": "int32", "tensor(int64)": "int64",
     "tensor(uint8)": "uint8", "tensor(uint16)": "uint16", "tensor(uint32)": "uint32", "tensor(uint64)": "uint64",
 }  # fmt: skip
+
+_TOO_NEW = {
+    "IR version": r"model IR version: (\d+), max supported IR version: (\d+)",
+    "opset": r"Opset (\d+) is under development.*support for domain ai.onnx is till opset (\d+)",
+}
+"""How the engine says that a file is newer than itself."""
 
 
 class OnnxRuntime:
@@ -50,7 +57,8 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(str(path), session_options, providers=providers)
         except Exception as error:  # the engine's exceptions have no common base
-            raise TargetError(f"ONNX Runtime cannot load {path}: {_first_line(error)}") from error
+            reason = _too_new(error, onnxruntime.__version__) or _first_line(error)
+            raise TargetError(f"ONNX Runtime cannot load {path}: {reason}") from error
         if self._session.get_providers()[0] != providers[0][0]:
             raise TargetError(f"{providers[0][0]} does not start on this machine: check its libraries and the driver")
         self.inputs = tuple(_spec(tensor) for tensor in self._session.get_inputs())
@@ -88,6 +96,16 @@ def _providers(options: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
 def _spec(tensor: Any) -> TensorSpec:
     shape = tuple(size if isinstance(size, int) else str(size or f"axis{n}") for n, size in enumerate(tensor.shape))
     return TensorSpec(tensor.name, shape, _DTYPES.get(tensor.type, tensor.type))
+
+
+def _too_new(error: Exception, version: str) -> str:
+    """What a file asks for and what this engine has, where the file is newer; empty for any other error."""
+    for what, pattern in _TOO_NEW.items():
+        found = re.search(pattern, str(error), re.DOTALL)
+        if found:
+            needs, has = found.groups()
+            return f"it needs ONNX {what} {needs}, ONNX Runtime {version} has {has}: upgrade it"
+    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from compressor.errors import CompressorError, RequestError, TargetError
 from compressor.profiles.latency import Latency, Ratio, measure_interleaved, ratio
+from compressor.runtimes.bundle import read_bundle
 from compressor.runtimes.load import load, open_graph
 from compressor.runtimes.manifest import MANIFEST_FILE, read_manifest
 from compressor.runtimes.runtime import Array
@@ -20,6 +21,7 @@ from compressor.runtimes.runtime import Array
 __all__ = ["Candidate", "Measurement", "Row", "measure_artifacts", "parse_sizes", "request"]
 
 GRAPH_FILES = {".onnx": "onnxruntime", ".xml": "openvino"}
+BUNDLE = ".zip"
 BATCH_AXIS = "batch"
 
 
@@ -82,7 +84,7 @@ def measure_artifacts(
     """Measure candidates side by side, one batch size after the other.
 
     Args:
-        paths: Artifact folders, run directories, graph files.
+        paths: Artifact folders, bundles, run directories, graph files.
         batches: Batch sizes.
         seconds: For all candidates of one batch size.
         rounds: At least 3.
@@ -151,14 +153,14 @@ def _artifacts(paths: Sequence[Path]) -> list[Path]:
     """What to open: a run stands for all of its artifacts, the teacher's first, as the reference of the others."""
     found: list[Path] = []
     for path in paths:
-        if (path.is_file() and path.suffix in GRAPH_FILES) or (path / MANIFEST_FILE).is_file():
+        if (path.is_file() and path.suffix in (*GRAPH_FILES, BUNDLE)) or (path / MANIFEST_FILE).is_file():
             found.append(path)
             continue
         inside = [manifest.parent for manifest in (path / "artifacts").rglob(MANIFEST_FILE)]
         inside.sort(key=lambda folder: (folder.parent.name != "teacher", folder))
         if not inside:
             kinds = ", ".join(GRAPH_FILES)
-            raise RequestError(f"{path} is no artifact, no run with artifacts and no {kinds} file")
+            raise RequestError(f"{path} is no artifact, no bundle, no run with artifacts and no {kinds} file")
         found += inside
     return list(dict.fromkeys(found))
 
@@ -181,11 +183,13 @@ def _open_all(paths: Sequence[Path], options: Mapping[str, Any], measured: Measu
 
 
 def _open(path: Path, name: str, options: Mapping[str, Any]) -> Candidate:
-    if path.is_file():
+    bundle = path.is_file() and path.suffix == BUNDLE
+    if path.is_file() and not bundle:
         graph = open_graph(path, GRAPH_FILES[path.suffix], options)
         return Candidate(name, graph, tuple((spec.name, spec.shape, spec.dtype) for spec in graph.inputs))
     driver = load(path, options)
-    largest = (read_manifest(path, verify=False).target.get("batch") or {}).get("max")
+    manifest = read_bundle(path) if bundle else read_manifest(path, verify=False)
+    largest = (manifest.target.get("batch") or {}).get("max")
     ports = tuple((port.name, port.shape, port.dtype) for port in driver.inputs)
     return Candidate(name, driver, ports, largest)
 

@@ -50,7 +50,7 @@ def bench(
     artifacts: Annotated[
         list[Path],
         typer.Argument(
-            metavar="ARTIFACT...", help="Artifact folders, runs (all their artifacts), .onnx or .xml files."
+            metavar="ARTIFACT...", help="Artifact folders, bundles, runs (all their artifacts), .onnx or .xml files."
         ),
     ],
     batch: Annotated[list[int] | None, typer.Option(metavar="N", min=1, help="Batch size; repeatable.")] = None,

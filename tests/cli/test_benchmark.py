@@ -80,7 +80,7 @@ def test_bench_opens_all_artifacts_of_a_run_and_says_what_it_left_out(tmp_path: 
 
 def test_bench_refuses_what_it_cannot_open(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert execute(["bench", str(tmp_path)]) == 2
-    assert "is no artifact, no run with artifacts and no .onnx, .xml file" in capsys.readouterr().err
+    assert "is no artifact, no bundle, no run with artifacts and no .onnx, .xml file" in capsys.readouterr().err
 
 
 def test_bench_asks_for_the_size_of_a_free_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

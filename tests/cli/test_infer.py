@@ -161,3 +161,13 @@ def test_infer_of_a_damaged_bundle_fails_in_one_line(cli: Cli, run: Path, pictur
     shutil.rmtree(run)
     code, _, err = cli("infer", run, picture)
     assert code == 1 and "is no file" in err
+
+
+def test_bench_times_a_bundle_beside_its_artifact(cli: Cli, run: Path) -> None:
+    cli("bundle", run, "--target", "ort-fp32", "--out", "x.zip")
+    arguments = ("--batch", 1, "--seconds", 0.05, "--rounds", 3, "--json")
+    code, out, err = cli("bench", run / "artifacts" / "ort-fp32", "x.zip", *arguments)
+    assert code == 0, err
+    rows = json.loads(out)["rows"]
+    assert [row["artifact"] for row in rows] == ["runs/kd-digits/artifacts/ort-fp32", "x.zip"]
+    assert all(row["p50"] > 0 for row in rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import tempfile
@@ -9,14 +10,16 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from PIL import Image, ImageOps
 
-from compressor.errors import ArtifactError, RequestError
+from compressor.errors import ArtifactError, RequestError, TargetError
 from compressor.exporters.bundle import write_bundle
 from compressor.runtimes import load
 from compressor.runtimes.images import fit, png_bytes, to_graph
 from compressor.runtimes.loaded_model import LoadedModel
+from compressor.runtimes.manifest import hash_file
 from compressor.runtimes.runtime import Port
 from tests.small_artifacts import LABELS, classifier, generator
 
@@ -201,6 +204,27 @@ def test_bundle_that_fails_to_load_leaves_nothing_behind_and_is_named(
     with pytest.raises(ArtifactError, match="other inputs or outputs"):
         load(tmp_path / "broken.zip")
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+@pytest.mark.parametrize(("what", "number"), [("IR version", 99), ("opset", 99)])
+def test_graph_that_is_newer_than_the_engine_says_what_it_needs(tmp_path: Path, what: str, number: int) -> None:
+    artifact = classifier(tmp_path / "new")
+    path = artifact / "classifier.onnx"
+    model = onnx.load(str(path))
+    if what == "opset":
+        model.opset_import[0].version = number
+    else:
+        model.ir_version = number
+    onnx.save(model, str(path))
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["graphs"]["classifier"]["sha256"] = hash_file(path)
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    write_bundle(artifact, tmp_path / "new.zip")
+    with pytest.raises(
+        TargetError, match=rf"new.zip.*needs ONNX {what} {number}, ONNX Runtime \S+ has \d+: upgrade"
+    ) as caught:
+        load(tmp_path / "new.zip")
+    assert "\n" not in str(caught.value) and "onnxruntime_src" not in str(caught.value)
 
 
 def test_run_directory_is_refused_with_what_to_load(tmp_path: Path) -> None:
