@@ -242,8 +242,12 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, frequencies: Tensor) -> Tensor:
-    """Multiply neighbouring pairs of ``(B, N, H, D)`` by complex numbers ``(N, D / 2)`` of length 1."""
-    cos, sin = (part.repeat_interleave(2, dim=-1)[:, None] for part in (frequencies.real, frequencies.imag))
+    """Multiply neighbouring pairs of ``(B, N, H, D)`` by complex numbers of length 1.
+
+    They are ``(N, D / 2)`` complex or, in a graph that is exported, ``(N, D / 2, 2)`` real and imaginary parts.
+    """
+    parts = torch.view_as_real(frequencies) if frequencies.is_complex() else frequencies
+    cos, sin = (part.repeat_interleave(2, dim=-1)[:, None] for part in parts.unbind(-1))
     return _rotated(x.float(), cos, sin).type_as(x)
 
 

@@ -23,6 +23,7 @@ from compressor.deployable import Deployable
 from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.discriminators import make_head
 from compressor.diffusion.rollout import backward_simulation, level_between, ode_samples, renoise
+from compressor.diffusion.student_attention import AttentionConfig, with_attention
 from compressor.errors import RequestError, nearest
 from compressor.losses.adversarial import non_saturating_losses
 from compressor.losses.precision import at_least_float32
@@ -204,7 +205,7 @@ class WarmStart(MethodConfig):
     """Steps of the teacher's ODE for a pair."""
 
 
-class DMD2Config(MethodConfig):
+class DMD2Config(AttentionConfig):
     """Configuration of DMD2."""
 
     num_steps: int = Field(4, ge=1)
@@ -284,7 +285,7 @@ class DMD2:
         """Match distributions, then match them with the GAN, each with optimisers of its own."""
         task: Any = ctx.task
         config, teacher = self.config, ctx.teacher()
-        student = self._adapted(ctx.student(like=teacher))
+        student = self._adapted(with_attention(ctx.student(like=teacher), config, task.info.shape))
         self._ctx, self._shape, self._view, self._classes = ctx, task.info.shape, task.view, len(task.info.classes)
         self._real, self._generator, self._fake = Denoiser(teacher), Denoiser(student), Denoiser(teacher.copy())
         self._table = task.conditions(teacher)

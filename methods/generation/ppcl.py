@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compressor.deployable import Deployable
 from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.noised_data import NoisedData, walk
+from compressor.diffusion.student_attention import AttentionConfig, with_attention
 from compressor.errors import RequestError
 from compressor.kernels import feature_distance
 from compressor.method import Context, MethodConfig, Needs, Paper
@@ -240,7 +241,7 @@ class Stage(MethodConfig):
     """AdamW's decoupled weight decay."""
 
 
-class PPCLConfig(MethodConfig):
+class PPCLConfig(AttentionConfig):
     """Configuration of PPCL."""
 
     keep: float = Field(0.5, gt=0, le=1)
@@ -315,6 +316,7 @@ class PPCL:
 
     def phases(self, ctx: Context) -> Phases:
         """Probe, cut, distil the plugs, survey, choose a layout, fit its maps, assemble, fine-tune."""
+        task: Any = ctx.task
         config, teacher = self.config, Denoiser(ctx.teacher())
         self._data, self._teacher = NoisedData(ctx, teacher), teacher
         count = len(teacher.stack.blocks)
@@ -334,7 +336,8 @@ class PPCL:
         survey = (yield Compute("survey", self._survey, key=[config.ffn != 0, config.calibration])) or {}
         slots = self._layout(scores, survey)
         maps = (yield Compute("maps", lambda: self._fit_maps(slots), key=layout_key(slots))) or {}
-        self._student = student = self._assemble(ctx.student(like=teacher.model), slots, maps)
+        student = self._assemble(ctx.student(like=teacher.model), slots, maps)
+        self._student = student = with_attention(student, config, task.info.shape)
         if config.width.steps and any(slot.narrow for slot in slots):
             yield self._train_width(Denoiser(student), slots)
         yield self._finetune(Denoiser(student), slots)

@@ -184,7 +184,7 @@ def test_exported_graph_equals_the_network(pool_size, tmp_path):
 def test_model_with_the_edit_is_saved_and_built_again(tmp_path):
     net, run = dit()
     model = Model(net, ModelInfo("diffusers", "DiTTransformer2DModel", DIT))
-    model = model.edit("attention.asa", block_size=4, samples=2, max_retain_ratio=0.3, grid=[4, 4])
+    model = model.edit("attention.blade", block_size=4, samples=2, max_retain_ratio=0.3, grid=[4, 4])
     save_model(model, tmp_path / "student")
     again = load_model(tmp_path / "student")
     assert again.info.edits == model.info.edits

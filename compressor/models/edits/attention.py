@@ -13,7 +13,7 @@ from compressor.models.model import edit
 __all__ = ["make_adaptive"]
 
 
-@edit("attention.asa")
+@edit("attention.blade")
 def make_adaptive(module: nn.Module, grid: Sequence[int] | None = None, **settings: Any) -> nn.Module:
     """Replace every self-attention; weights stay as they are.
 
