@@ -97,7 +97,7 @@ def _load_folder(folder: Path, manifest: Manifest, options: Mapping[str, Any] | 
         return LoadedModel(built, manifest, opened.close)
     except DRIVER_FAULTS as error:
         opened.close()
-        reason = f"misses {error}" if isinstance(error, KeyError) else f"cannot use {' '.join(str(error).split())}"
+        reason = ("misses " if isinstance(error, KeyError) else "cannot use ") + " ".join(str(error).split())[:200]
         raise ArtifactError(f"{folder}: the driver {name!r} {reason} in the artifact") from error
 
 

@@ -96,7 +96,7 @@ class LoadedModel:
             raise
         except DRIVER_FAULTS as error:
             name = self.manifest.driver.name
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise ArtifactError(f"the driver {name!r} cannot take these inputs: {reason}") from error
 
     def close(self) -> None:

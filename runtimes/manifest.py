@@ -51,6 +51,7 @@ _DTYPES = frozenset(
 _LARGEST_TENSOR = 2**32
 """Elements that the fixed sizes of one input or output may ask for."""
 _MOST_AXES = 16
+_LONGEST_NAME = 200
 _SUFFIXES = {"onnxruntime": (".onnx",), "openvino": (".xml", ".onnx")}
 """Names by which an engine takes a file for what it is here; by others it may be taken for another format."""
 
@@ -62,7 +63,7 @@ class _Entry(BaseModel):
 class Engine(_Entry):
     """What really built the graphs, and runs them."""
 
-    name: str
+    name: str = Field(max_length=_LONGEST_NAME)
     """onnxruntime, openvino, tensorrt or tensorrt-rtx."""
     version: str
     """Version of the engine that built the files; "any" where the file is plain ONNX."""
@@ -182,7 +183,7 @@ class GraphEntry(_Entry):
 class DriverEntry(_Entry):
     """The loop around the graphs."""
 
-    name: str
+    name: str = Field(max_length=_LONGEST_NAME)
     """Module of ``compressor.runtimes.drivers``, or an entry point of ``compressor.drivers``."""
     settings: dict[str, Any] = Field(default_factory=dict)
     """JSON settings."""
