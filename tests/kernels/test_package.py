@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,22 @@ def test_every_public_name_can_be_had():
         assert getattr(compressor.kernels, name) is not None
     with pytest.raises(AttributeError):
         _ = compressor.kernels.no_such_kernel
+
+
+def test_the_kernels_page_names_every_function_and_its_snippet_runs():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "kernels.md").read_text(encoding="utf-8")
+    for name in ("kl_div_from_logits", "ce_and_kl", "linear_kl_div", "feature_distance", "block_sparse_attention"):
+        assert f"`{name}`" in page
+    (snippet,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    exec(snippet, names)
+    assert names["student"].grad.abs().sum() > 0
+    program = (root / "benchmarks" / "kernels.py").read_text(encoding="utf-8")
+    commands = re.findall(r"^python benchmarks/kernels.py(.*?)(?:#|$)", page, re.MULTILINE)
+    assert len(commands) == 4
+    for option in " ".join(commands).split():
+        assert f'"{option}"' in program, option
 
 
 def test_unknown_backend_is_refused_with_the_nearest_name():
