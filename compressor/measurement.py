@@ -44,7 +44,9 @@ def macs_per_sample(deployable: Deployable) -> int:
     total = 0
     for graph in deployable.graphs.values():
         batch = next(iter(graph.inputs.values())).shape[0]
-        total += macs(graph.module, graph.inputs) // batch
+        parameter = next(graph.module.parameters(), None)  # the module may have moved since it was packed
+        place = None if parameter is None else parameter.device
+        total += macs(graph.module, {name: value.to(place) for name, value in graph.inputs.items()}) // batch
     return total
 
 

@@ -167,7 +167,7 @@ class Sparsity:
     )
     idea: ClassVar[str] = "Zero the smallest weights by a pattern, and fine-tune the others with the zeros held."
     needs: ClassVar[Needs] = Needs(
-        tasks=("image-generation", "classification"),
+        tasks=("image-generation", "classification", "segmentation"),
         teachers={"teacher": "any"},
         students={"student": "copy"},
         data={"train": frozenset({"image"})},
@@ -253,7 +253,7 @@ class Sparsity:
         """A diffusion model's prediction: on noised data, or on what its own few steps feed it."""
         config, sparse, before = self.config, Denoiser(student), Denoiser(dense)
         if config.augment != "auto" or config.views is not None or config.data_seed is not None:
-            raise RequestError("sparsity: augment, views and data_seed are keys of classification; leave them out")
+            raise RequestError("sparsity: augment, views and data_seed mean nothing for diffusion; leave them out")
         places = student.info.extra.get("student_timesteps")
         if places and config.data_weight:
             raise RequestError("sparsity: a few-step generator has no target in the data; set data_weight to 0")

@@ -23,6 +23,7 @@ from compressor.registry import load_method
 from compressor.sparsity import layers_called, relative_error
 from compressor.tasks.classification import Classification
 from compressor.tasks.image_generation import ImageGeneration
+from compressor.tasks.segmentation import Segmentation
 from compressor.training.distributed import Distributed
 from compressor.training.engine import Engine
 from compressor.training.phase import Phases, Train
@@ -194,6 +195,21 @@ def test_supervised_task_without_a_matcher_matches_all_outputs(tmp_path: Path, m
     assert [weight.name for weight in masked_weights(method.student().module)] == ["body.2.weight"]
 
 
+def test_segmenter_is_brought_back_and_its_zeros_are_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    task = Segmentation({"train": "scenes:32?masks=true"}, {})
+    spec = "timm:resnet18?layers=[1,1,1,1],channels=[4,4,8,8],width=16"
+    model = load_model_spec(spec, defaults=task.student_defaults(), task="segmentation")
+    config = {**SMALL, "steps": 20, "lr": 5e-3, "augment": "none"}
+    method = run(tmp_path, "sparsity", config, task=task, teacher=model)
+    curve = method.history["distil"]["match"]
+    assert curve[-1][1] < 0.8 * curve[0][1]
+    packed = next(iter(method.deployables(method.ctx)["student"].graphs.values())).module
+    names = {weight.name for weight in masked_weights(method.student().module)}
+    plain = {weight.name.removeprefix("module."): weight.value for weight in weights_of(packed)}
+    assert names and all(is_two_of_four(plain[name]) for name in names)
+
+
 def test_few_step_generator_is_asked_on_its_own_inputs_at_its_own_levels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,7 +234,7 @@ def test_few_step_generator_is_asked_on_its_own_inputs_at_its_own_levels(
     ("extra", "config", "message"),
     [
         ({"student_timesteps": [999]}, {"data_weight": 1.0}, "a few-step generator has no target in the data"),
-        ({}, {"augment": "shift"}, "augment, views and data_seed are keys of classification"),
+        ({}, {"augment": "shift"}, "augment, views and data_seed mean nothing for diffusion"),
     ],
 )
 def test_keys_that_mean_nothing_for_a_generator_are_refused(
