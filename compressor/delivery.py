@@ -97,7 +97,10 @@ def _measure(work: Work, made: Made) -> None:
     for name, model in work.references.items():
         _measure_model(work, name, model, work.task.deployable(model))
     _measure_model(work, "student", made.student, next(iter(made.deployables.values())))
-    names = [*(one for label in work.references for one in _artifacts(work, f"{label}/")), *_artifacts(work, "")]
+    for name, model in made.others.items():
+        _measure_model(work, name, model, made.deployables[name])
+    labels = [*work.references, *made.others]
+    names = [*(one for label in labels for one in _artifacts(work, f"{label}/")), *_artifacts(work, "")]
     for name in names:
         _measure_engine(work, name)
     _benchmark(work, names, next(iter(made.deployables.values())), "benchmark")
@@ -108,7 +111,8 @@ def measure_variant(work: Work, made: Made) -> None:
     deployable = next(iter(made.deployables.values()))
     if made.label:
         _measure_model(work, made.label, made.student, deployable)
-    names = [name for name in _artifacts(work, f"{made.label}/" if made.label else "")]
+    labels = [f"{made.label}/"] if made.label else ["", *(f"{name}/" for name in made.others)]
+    names = [name for label in labels for name in _artifacts(work, label)]
     for name in names:
         _measure_engine(work, name)
     _benchmark(work, names, deployable, f"benchmark {made.label}".strip() if made.label else "benchmark added")

@@ -130,7 +130,7 @@ def _check_spec(spec: str, recipe: Recipe) -> None:
     if kind == "demo":
         demo(argument)
     else:
-        load_model_spec(spec, trust_remote_code=recipe.trust_remote_code)
+        load_model_spec(spec, trust_remote_code=recipe.trust_remote_code, task=recipe.task)
 
 
 # --- another student -------------------------------------------------------------------------------------------------

@@ -58,11 +58,15 @@ def task_of(recipe: Recipe) -> Task:
 
 @dataclass
 class Made:
-    """A student, how it is packed, and under which label it stands ("" for the run's own)."""
+    """A student, how it is packed, and under which label it stands ("" for the run's own).
+
+    ``others`` are further students of the same training, by the names of their deployables.
+    """
 
     student: Model
     deployables: dict[str, Deployable]
     label: str = ""
+    others: Mapping[str, Model] = field(default_factory=dict)
     history: Mapping[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -122,7 +126,8 @@ class Work:
         kind, argument = split_spec(spec)
         if kind != "demo":
             defaults: dict[str, Any] | None = getattr(self.task, "student_defaults", dict)() if student else None
-            return load_model_spec(spec, trust_remote_code=self.recipe.trust_remote_code, defaults=defaults)
+            trust, task = self.recipe.trust_remote_code, str(self.recipe.task)
+            return load_model_spec(spec, trust_remote_code=trust, defaults=defaults, task=task)
         device = str(self.distributed.device)
         self.distributed.on_main(
             lambda: demo_model(argument, budget=min(1.0, self.recipe.budget), log=self.log, device=device) and None
@@ -140,6 +145,7 @@ class Work:
 
         student: Model | None = None
         deployables: dict[str, Deployable] = {}
+        others: dict[str, Model] = {}
         history: dict[str, Any] = {}
         notes: list[str] = []
         mark = self._mark()
@@ -159,6 +165,7 @@ class Work:
             history |= engine.history
             mark = fingerprint(mark, entry.name, entry.config)
             if last:
+                others = _other_students(method)
                 deployables = method.deployables(ctx)
             elif not replay:
                 self._keep(student, mark, f"student {k}-{entry.name}", self.folder.link(f"{k}-{entry.name}"))
@@ -166,7 +173,9 @@ class Work:
             raise RequestError("the recipe names no method")
         if not replay:
             self._keep(student, mark, "student", self.folder.student)
-        return Made(student, deployables, "", history, notes)
+            for name, other in others.items():
+                self._keep(other, mark, f"student {name}", self.folder.link(name))
+        return Made(student, deployables, "", others, history, notes)
 
     def _keep(self, student: Model, mark: str, name: str, folder: Path) -> None:
         """Save a student of the chain, on the main process."""
@@ -233,6 +242,15 @@ class Work:
 
             task.judge = judge_of(task, budget=min(1.0, self.recipe.budget), log=self.log)
         return self.task
+
+
+def _other_students(method: Any) -> dict[str, Model]:
+    """The students of a method that trains several (``students()``) beside the main one, in eval mode."""
+    students: dict[str, Model] = getattr(method, "students", dict)()
+    others = dict(list(students.items())[1:])
+    for model in others.values():
+        model.module.eval()
+    return others
 
 
 def weights_hash(module: nn.Module) -> str:

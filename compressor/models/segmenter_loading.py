@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from compressor.errors import ModelError, RequestError
+from compressor.errors import ModelError
 from compressor.models.checkpoint_files import load_state, read_state
 from compressor.models.classifier_loading import (
     IMAGENET_MEAN,
@@ -38,6 +38,8 @@ from compressor.models.model import Model, ModelInfo
 
 __all__ = ["load_segmenter"]
 
+USUAL_CLASSES = 21
+"""Where nothing says how many there are; torchvision's number."""
 FIXED_SIZES = ("beit", "data2vec-vision", "dpt")
 """Kinds of transformers' models whose position embeddings are made for one size."""
 
@@ -77,9 +79,9 @@ def _load_timm(argument: Argument, defaults: Mapping[str, Any]) -> Model:
     from compressor.models.segmentation_nets import TimmSegmenter
 
     pretrained = bool(argument.take("pretrained", False))
-    options: dict[str, Any] = {"in_chans": 3, **defaults, **argument.options}
-    if "num_classes" not in options:
-        raise RequestError(f"timm:{argument.name} needs the number of classes: add ?num_classes=N")
+    state = read_state(argument.file) if argument.file is not None else {}
+    known = {"num_classes": len(state["classifier.bias"])} if "classifier.bias" in state else defaults
+    options: dict[str, Any] = {"in_chans": 3, "num_classes": USUAL_CLASSES, **known, **argument.options}
     own: dict[str, Any] = {
         key: options.pop(key) for key in ("num_classes", "in_chans", "width", "atrous_rates") if key in options
     }
@@ -87,12 +89,12 @@ def _load_timm(argument: Argument, defaults: Mapping[str, Any]) -> Model:
     with reported(f"timm:{argument.name}"):
         module = TimmSegmenter(**config, pretrained=pretrained)
     if argument.file is not None:
-        load_state(module, read_state(argument.file), argument.file)
-    known = timm.get_pretrained_cfg(argument.name.partition(".")[0])
+        load_state(module, state, argument.file)
+    facts = timm.get_pretrained_cfg(argument.name.partition(".")[0])
     channels = int(own["in_chans"])
     extra = {
-        "mean": for_channels(getattr(known, "mean", None) or IMAGENET_MEAN, channels),
-        "std": for_channels(getattr(known, "std", None) or IMAGENET_STD, channels),
+        "mean": for_channels(getattr(facts, "mean", None) or IMAGENET_MEAN, channels),
+        "std": for_channels(getattr(facts, "std", None) or IMAGENET_STD, channels),
         "channels": channels,
     }
     size = options.get("img_size")  # vision transformers take the size that they were made for

@@ -16,6 +16,7 @@ __all__ = [
     "linear_decay",
     "linear_warmup",
     "one_cycle",
+    "polynomial",
     "step_decay",
 ]
 
@@ -47,6 +48,12 @@ def linear_decay(steps: int, *, share: float = 1.0, floor: float = 0.0) -> Curve
         raise RequestError(f"the share of the steps that decay must be in (0, 1], got {share}")
     length = share * steps
     return lambda step: floor + (1 - floor) * min(max((steps - step) / length, 0.0), 1.0)
+
+
+def polynomial(steps: int, power: float = 0.9) -> Curve:
+    """``(1 - step / steps) ** power``: from 1 to 0 at ``steps``; power 1 is a straight line."""
+    _check("steps", steps)
+    return lambda step: max(1 - step / max(steps, 1), 0.0) ** power
 
 
 def one_cycle(steps: int, *, rise: float = 0.3, start: float = 0.04, end: float = 1e-4) -> Curve:

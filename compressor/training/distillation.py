@@ -1,4 +1,4 @@
-"""What methods share that train one student classifier: the student, the loop, the teachers' logits."""
+"""What methods share that train one student network: the student, the loop, the teachers' logits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from compressor.data.stream import Stream
 from compressor.deployable import Deployable
 from compressor.method import Context
 from compressor.models.classifier import Classifier
+from compressor.models.image_network import ImageNetwork
 from compressor.models.model import Model
 from compressor.training.phase import Step, Train
+from compressor.training.supervised import Supervision
 from compressor.training.teacher_cache import TeacherLogits
 from compressor.training.training_config import TrainingConfig, make_optim, stream_key
 
@@ -30,7 +32,7 @@ class LogitTrainingConfig(TrainingConfig):
 
 
 class StudentMethod:
-    """Base of methods whose result is one student classifier.
+    """Base of methods whose result is one student: a classifier, or what else the task makes of a model (a segmenter).
 
     Args:
         config: The method's configuration.
@@ -41,7 +43,7 @@ class StudentMethod:
         self._student: Model | None = None
 
     def student(self) -> Model:
-        """The trained classifier."""
+        """The trained student."""
         if self._student is None:
             raise RuntimeError("the phases have not run")
         return self._student
@@ -50,8 +52,8 @@ class StudentMethod:
         """The student alone: nothing else of the method remains."""
         return {"student": ctx.task.deployable(self.student())}
 
-    def start(self, ctx: Context) -> tuple[Classifier, list[Classifier]]:
-        """The student, which fits the data, and the teachers.
+    def start(self, ctx: Context) -> tuple[Any, list[Any]]:
+        """The student, which fits the data, and the teachers: `ImageNetwork`s of the task's kind.
 
         Raises:
             RequestError: The student does not fit the data.
@@ -59,7 +61,8 @@ class StudentMethod:
         teachers = ctx.teachers()
         self._student = ctx.student(like=teachers[0])
         ctx.task.check(self._student)
-        return Classifier(self._student), [Classifier(teacher) for teacher in teachers]
+        network = getattr(ctx.task, "network", Classifier)
+        return network(self._student), [network(teacher) for teacher in teachers]
 
 
 def train_phase(
@@ -67,8 +70,8 @@ def train_phase(
     config: TrainingConfig,
     stream: Stream,
     step: Step,
-    student: Classifier,
-    teachers: Sequence[Classifier],
+    student: ImageNetwork,
+    teachers: Sequence[ImageNetwork],
     others: Mapping[str, nn.Module] | None = None,
     state: Mapping[str, Any] | None = None,
 ) -> Train:
@@ -97,15 +100,16 @@ def train_phase(
 
 
 def teacher_logits(
-    ctx: Context, config: LogitTrainingConfig, teachers: Sequence[Classifier], stream: Stream
+    ctx: Context, config: LogitTrainingConfig, teachers: Sequence[ImageNetwork], stream: Stream
 ) -> TeacherLogits:
     """The teachers' logits of a stream, kept on disk if the configuration says so."""
-    classes = len(ctx.dataset().info.classes)
+    info = stream.dataset.info
     return TeacherLogits(
         teachers,
-        classes,
+        len(ctx.dataset().info.classes),
         stream,
         stream_key(config, stream),
         cache=config.cache_teacher,
         top_k=config.teacher_top_k,
+        positions=tuple(info.shape[1:]) if Supervision.of(ctx).field == "mask" else (),
     )

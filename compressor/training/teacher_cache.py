@@ -26,7 +26,7 @@ from compressor.atomic import write_json
 from compressor.cache import cache_directory
 from compressor.data.stream import Stream
 from compressor.errors import CompressorError
-from compressor.models.classifier import Classifier
+from compressor.models.image_network import ImageNetwork
 from compressor.models.model import Model
 
 __all__ = ["OutputCache", "TeacherLogits", "keep_top", "model_hash", "restore_top"]
@@ -104,29 +104,31 @@ class TeacherLogits:
         cache: Keep the logits on disk, and read those that are kept.
         top_k: Keep only so many logits of an image; the mass of the others is spread evenly over them. With and without
             the cache the result is the same.
+        positions: (H, W) where the logits are maps (B, classes, H, W).
     """
 
     def __init__(
         self,
-        teachers: Sequence[Classifier],
+        teachers: Sequence[ImageNetwork],
         classes: int,
         stream: Stream,
         key: Mapping[str, Any],
         *,
         cache: bool = False,
         top_k: int | None = None,
+        positions: tuple[int, ...] = (),
     ) -> None:
-        self.teachers, self.classes = list(teachers), classes
+        self.teachers, self.classes, self.positions = list(teachers), classes, positions
         self.top_k = top_k if top_k is not None and top_k < classes else None
         self._period, self._size, self._key = stream.period, stream.size, dict(key)
         self._caches: dict[int, OutputCache] | None = {} if cache else None
 
     def __call__(self, pixels: Tensor, i: int) -> Tensor:
-        """Logits (teachers, B, classes), float32, of batch i, whose pixels are given."""
+        """Logits (teachers, B, classes, ...), float32, of batch i, whose pixels are given."""
         return torch.stack([self.one(place, pixels, i) for place in range(len(self.teachers))])
 
     def one(self, place: int, pixels: Tensor, i: int) -> Tensor:
-        """Logits (B, classes), float32, of one of the teachers."""
+        """Logits (B, classes, ...), float32, of one of the teachers."""
         number = i if self._period is None else i % self._period
         cache = self._cache(place, pixels) if self._caches is not None else None
         known = cache.read(number) if cache is not None else None
@@ -153,7 +155,7 @@ class TeacherLogits:
             mark = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:24]
             width = self.classes if self.top_k is None else 2 * self.top_k + 1
             directory = cache_directory() / "teacher-outputs" / mark
-            self._caches[place] = OutputCache(directory, (self._size, width), about)
+            self._caches[place] = OutputCache(directory, (self._size, width, *self.positions), about)
         return self._caches[place]
 
     def _keep(self, cache: OutputCache, number: int, packed: Tensor) -> None:
@@ -168,11 +170,11 @@ def keep_top(logits: Tensor, top_k: int) -> Tensor:
     """The largest logits of every row, where they stand, and the level of the others.
 
     Args:
-        logits: (B, C) float32.
+        logits: (B, C, ...) float32.
         top_k: k, below C.
 
     Returns:
-        (B, 2 k + 1) float32: k logits, their k classes, and the logit that each of the other classes must have for
+        (B, 2 k + 1, ...) float32: k logits, their k classes, and the logit that each of the other classes must have for
         their probabilities to add up to what they did.
     """
     values, classes = logits.topk(top_k, dim=1)
@@ -182,10 +184,10 @@ def keep_top(logits: Tensor, top_k: int) -> Tensor:
 
 
 def restore_top(packed: Tensor, classes: int) -> Tensor:
-    """What `keep_top` kept as logits (B, C) again."""
+    """What `keep_top` kept as logits (B, C, ...) again."""
     top_k = packed.shape[1] // 2
     values, places, level = packed.split([top_k, top_k, 1], dim=1)
-    return level.repeat(1, classes).scatter(1, places.long(), values)
+    return level.repeat_interleave(classes, dim=1).scatter(1, places.long(), values)
 
 
 def model_hash(model: Model) -> str:

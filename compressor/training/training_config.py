@@ -14,19 +14,30 @@ from compressor.data.stream import Stream
 from compressor.data.views import Augmentation, chosen_augmentation, training_view
 from compressor.method import Context, MethodConfig
 from compressor.training.curves import Curve, constant, cosine, linear_decay, one_cycle, step_decay
-from compressor.training.phase import Optim
+from compressor.training.phase import Optim, ParamGroup
 from compressor.training.random import hash_seed
 
-__all__ = ["TrainingConfig", "make_optim", "make_stream", "stream_key"]
+__all__ = ["BatchConfig", "TrainingConfig", "make_optim", "make_stream", "parameter_groups", "stream_key"]
 
 
-class TrainingConfig(MethodConfig):
-    """Keys of a training; a method's configuration extends it."""
+class BatchConfig(MethodConfig):
+    """Keys of the batches of a training."""
 
     steps: int = Field(600, ge=0)
     """Training steps."""
     batch: int = Field(64, ge=2)
     """Images in a batch of one process."""
+    augment: Augmentation = "auto"
+    """What batches show of the images: "none", "shift", "crop", "scale", with "-flip"; "auto" suits the data."""
+    views: int | None = Field(None, ge=1)
+    """Different augmentations of every image, after which batches repeat; None draws new ones for ever."""
+    data_seed: int | None = Field(None, ge=0)
+    """Seed of the batches and their augmentation; the run's own by default. Runs of one seed see the same batches."""
+
+
+class TrainingConfig(BatchConfig):
+    """Keys of a training of one network; a method's configuration extends it."""
+
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """The optimiser."""
     lr: float = Field(5e-3, gt=0)
@@ -41,12 +52,6 @@ class TrainingConfig(MethodConfig):
     """For the schedule "steps": after which shares of the training the rate falls to a tenth."""
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient; None for no limit."""
-    augment: Augmentation = "auto"
-    """What batches show of the images: "none", "shift", "crop", "scale", with "-flip"; "auto" suits the data."""
-    views: int | None = Field(None, ge=1)
-    """Different augmentations of every image, after which batches repeat; None draws new ones for ever."""
-    data_seed: int | None = Field(None, ge=0)
-    """Seed of the batches and their augmentation; the run's own by default. Runs of one seed see the same batches."""
 
 
 def make_optim(config: TrainingConfig, modules: Iterable[nn.Module], *, lr: float | None = None) -> Optim:
@@ -57,20 +62,28 @@ def make_optim(config: TrainingConfig, modules: Iterable[nn.Module], *, lr: floa
         modules: Whom it owns.
         lr: Instead of the configuration's.
     """
-    parameters = [parameter for module in modules for parameter in module.parameters()]
-    # Biases and norms have one dimension: decay would only move them away from what the data ask for.
-    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
-    others = [parameter for parameter in parameters if parameter.dim() <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     options = {"momentum": config.momentum} if config.optimizer == "sgd" else {}
     return Optim(
-        [group for group in groups if group["params"]],
+        parameter_groups(modules, config.weight_decay),
         kind=config.optimizer,
         lr=lr if lr is not None else config.lr,
         options=options,
         schedule=_curve(config),
         clip_norm=config.clip_norm,
     )
+
+
+def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[ParamGroup]:
+    """The modules' parameters, those of one dimension without decay."""
+    parameters = [parameter for module in modules for parameter in module.parameters()]
+    # Biases and norms have one dimension: decay would only move them away from what the data ask for.
+    decayed = [parameter for parameter in parameters if parameter.dim() > 1]
+    others = [parameter for parameter in parameters if parameter.dim() <= 1]
+    groups: list[ParamGroup] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def _curve(config: TrainingConfig) -> Curve:
@@ -87,7 +100,7 @@ def _curve(config: TrainingConfig) -> Curve:
 
 
 def make_stream(
-    ctx: Context, config: TrainingConfig, role: str = "train", tag: str = "", dataset: Dataset | None = None
+    ctx: Context, config: BatchConfig, role: str = "train", tag: str = "", dataset: Dataset | None = None
 ) -> Stream:
     """Augmented batches of a role; with ``views`` they begin again after so many epochs.
 
@@ -109,7 +122,7 @@ def make_stream(
     return replace(stream, period=max(config.views * len(dataset) // whole, 1))
 
 
-def stream_key(config: TrainingConfig, stream: Stream) -> dict[str, object]:
+def stream_key(config: BatchConfig, stream: Stream) -> dict[str, object]:
     """JSON; everything that decides what batch i of a stream holds on this process."""
     return {
         "data": stream.dataset.info.fingerprint,

@@ -20,7 +20,7 @@ from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.models.feature_layers import pair_layers
 from compressor.training.distillation import StudentMethod, train_phase
 from compressor.training.phase import Phases, Update
-from compressor.training.supervised import label_loss
+from compressor.training.supervised import Supervision
 from compressor.training.training_config import TrainingConfig, make_stream
 
 __all__ = ["AT", "METHOD", "at_loss"]
@@ -82,7 +82,7 @@ class AT(StudentMethod):
     )
     idea: ClassVar[str] = "Pull the student's spatial attention maps towards the teacher's at several depths."
     needs: ClassVar[Needs] = Needs(
-        tasks=("classification",),
+        tasks=("classification", "segmentation"),
         teachers={"teacher": "one"},
         students={"student": "spec"},
         data={"train": frozenset({"image", "label"})},
@@ -99,7 +99,7 @@ class AT(StudentMethod):
         """One training of the student."""
         config = self.config
         student, teachers = self.start(ctx)
-        teacher, stream = teachers[0], make_stream(ctx, config)
+        teacher, stream, labelled = teachers[0], make_stream(ctx, config), Supervision.of(ctx)
         shape = stream.dataset.info.shape
         own, theirs = student.layers(shape, config.student_layers), teacher.layers(shape, config.teacher_layers)
         named = config.student_layers is not None and config.teacher_layers is not None
@@ -114,7 +114,7 @@ class AT(StudentMethod):
             with torch.no_grad():
                 _, wanted = teacher.features(batch["image"], teacher_names)
             attention = config.beta / 2 * at_loss(features, wanted, power=config.power)
-            labels = config.label_weight * label_loss(logits, batch["label"])
+            labels = config.label_weight * labelled.loss(logits, batch)
             yield Update("student", {"labels": labels, "attention": attention})
 
         yield train_phase("distil", config, stream, step, student, teachers)

@@ -20,11 +20,11 @@ from compressor.errors import RequestError
 from compressor.losses.divergence import kl_divergence
 from compressor.losses.precision import at_least_float32
 from compressor.method import Context, MethodConfig, Needs, Paper
-from compressor.models.classifier import Classifier
 from compressor.models.feature_layers import FeatureLayer
+from compressor.models.image_network import ImageNetwork
 from compressor.training.distillation import LogitTrainingConfig, StudentMethod, teacher_logits, train_phase
 from compressor.training.phase import Phases, Train, Update
-from compressor.training.supervised import label_loss
+from compressor.training.supervised import Supervision
 from compressor.training.training_config import TrainingConfig, make_stream
 
 __all__ = ["METHOD", "FitNet", "hint_loss", "hint_regressor", "soft_target_weight"]
@@ -133,7 +133,7 @@ class FitNet(StudentMethod):
     )
     idea: ClassVar[str] = "Teach the student's lower half a middle layer of the teacher first, then distil all of it."
     needs: ClassVar[Needs] = Needs(
-        tasks=("classification",),
+        tasks=("classification", "segmentation"),
         teachers={"teacher": "one"},
         students={"student": "spec"},
         data={"train": frozenset({"image", "label"})},
@@ -149,7 +149,7 @@ class FitNet(StudentMethod):
         """The hint stage, then knowledge distillation."""
         config = self.config
         student, teachers = self.start(ctx)
-        stream = make_stream(ctx, config)
+        stream, labelled = make_stream(ctx, config), Supervision.of(ctx)
         if config.hint.steps:
             yield self._hint_phase(ctx, student, teachers)
         targets = teacher_logits(ctx, config, teachers, stream)
@@ -158,12 +158,12 @@ class FitNet(StudentMethod):
             batch = batches["train"]
             logits = student(batch["image"])
             weight = soft_target_weight(i, config.steps, start=config.soft_start, end=config.soft_end)
-            soft = kl_divergence(logits, targets.one(0, batch["image"], i), temperature=config.temperature)
-            yield Update("student", {"labels": label_loss(logits, batch["label"]), "soft": weight * soft})
+            soft = kl_divergence(logits, targets.one(0, batch["image"], i), temperature=config.temperature, dim=1)
+            yield Update("student", {"labels": labelled.loss(logits, batch), "soft": weight * soft})
 
         yield train_phase("distil", config, stream, step, student, teachers)
 
-    def _hint_phase(self, ctx: Context, student: Classifier, teachers: Sequence[Classifier]) -> Train:
+    def _hint_phase(self, ctx: Context, student: ImageNetwork, teachers: Sequence[ImageNetwork]) -> Train:
         config, stage = self.config, self.config.hint
         teacher, stream = teachers[0], make_stream(ctx, stage, tag="hint")
         shape = stream.dataset.info.shape
@@ -182,7 +182,7 @@ class FitNet(StudentMethod):
 
 
 def middle_layer(
-    network: Classifier, image_shape: Sequence[int], name: str | None, at_least: Sequence[int] = (1, 1)
+    network: ImageNetwork, image_shape: Sequence[int], name: str | None, at_least: Sequence[int] = (1, 1)
 ) -> FeatureLayer:
     """The named layer, or the deepest of the first half of the stages whose map is not smaller than ``at_least``.
 

@@ -1,7 +1,8 @@
 """KD (Hinton, Vinyals & Dean 2015, arXiv 1503.02531): learn from the teacher's softened class probabilities.
 
 The student matches the teacher's softmax at a raised temperature, where the small probabilities tell which classes
-resemble each other, and the labels at temperature 1. Trained and exported: the student.
+resemble each other, and the labels at temperature 1. A segmenter's pixels are distilled one by one. Trained and
+exported: the student.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from compressor.data.stream import Batch
 from compressor.losses.divergence import kl_divergence
-from compressor.losses.precision import at_least_float32
 from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.training.distillation import LogitTrainingConfig, StudentMethod, teacher_logits, train_phase
 from compressor.training.phase import Phases, Update
+from compressor.training.supervised import Supervision, label_loss
 from compressor.training.training_config import make_stream
 
 __all__ = ["KD", "METHOD", "kd_objective", "soft_target_loss"]
@@ -31,14 +31,14 @@ def soft_target_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperat
     keeps its size when T changes. The paper's soft objective is the cross-entropy, whose gradient is the same.
 
     Args:
-        student_logits: ``(N, C)`` float.
-        teacher_logits: ``(N, C)`` float; detached.
+        student_logits: ``(N, C)`` float, or maps ``(N, C, H, W)``.
+        teacher_logits: The same shape; detached.
         temperature: T, above 0.
 
     Returns:
         Scalar in nats, at least 0.
     """
-    return temperature**2 * kl_divergence(student_logits, teacher_logits, temperature=temperature)
+    return temperature**2 * kl_divergence(student_logits, teacher_logits, temperature=temperature, dim=1)
 
 
 def kd_objective(
@@ -48,22 +48,24 @@ def kd_objective(
     *,
     temperature: float = 4.0,
     soft_weight: float = 0.9,
+    ignore_index: int = -100,
 ) -> Tensor:
     """Weighted average of the soft objective and the cross-entropy with the labels (section 2).
 
     Args:
-        student_logits: ``(N, C)`` float.
-        teacher_logits: ``(N, C)`` float; detached.
-        labels: ``(N,)`` int64 in ``0..C-1``.
+        student_logits: ``(N, C)`` float, or maps ``(N, C, H, W)``, whose pixels count one by one.
+        teacher_logits: The same shape; detached.
+        labels: ``(N,)`` or ``(N, H, W)`` int64 in ``0..C-1``, or ``ignore_index``.
         temperature: T of the soft objective, above 0.
         soft_weight: Weight of the soft objective, in [0, 1]; the labels get the rest. The paper: "a considerably lower
             weight" on the labels works best.
+        ignore_index: The label of pixels without one; the teacher speaks of them, too.
 
     Returns:
         Scalar in nats.
     """
     soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
-    hard = F.cross_entropy(at_least_float32(student_logits), labels)
+    hard = label_loss(student_logits, labels, ignore_index=ignore_index)
     return soft_weight * soft + (1 - soft_weight) * hard
 
 
@@ -88,7 +90,7 @@ class KD(StudentMethod):
     )
     idea: ClassVar[str] = "Match the teacher's class probabilities at a raised temperature, and the labels."
     needs: ClassVar[Needs] = Needs(
-        tasks=("classification",),
+        tasks=("classification", "segmentation"),
         teachers={"teacher": "one"},
         students={"student": "spec"},
         data={"train": frozenset({"image", "label"})},
@@ -104,7 +106,7 @@ class KD(StudentMethod):
         """One training of the student."""
         config = self.config
         student, teachers = self.start(ctx)
-        stream = make_stream(ctx, config)
+        stream, labelled = make_stream(ctx, config), Supervision.of(ctx)
         targets = teacher_logits(ctx, config, teachers, stream)
 
         def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
@@ -112,9 +114,10 @@ class KD(StudentMethod):
             loss = kd_objective(
                 student(batch["image"]),
                 targets.one(0, batch["image"], i),
-                batch["label"],
+                batch[labelled.field],
                 temperature=config.temperature,
                 soft_weight=config.soft_weight,
+                ignore_index=labelled.ignore_index,
             )
             yield Update("student", {"kd": loss})
 
