@@ -12,6 +12,7 @@ from compressor.errors import TargetError
 from compressor.evaluate import TorchRun, evaluate
 from compressor.models.model import Model
 from compressor.profiles.latency import Latency, measure_interleaved, ratio
+from compressor.profiles.machine import usable_threads
 from compressor.profiles.report import Comparison
 from compressor.recipe import Benchmark, Evaluation
 from compressor.runtimes.load import driver_class, load_graphs
@@ -89,7 +90,7 @@ class LoadedEngine:
     def __init__(self, directory: Path) -> None:
         manifest = read_manifest(directory)
         self.target: Mapping[str, Any] = manifest.target
-        self._loaded = load_graphs(directory, manifest)
+        self._loaded = load_graphs(directory, manifest, _threads(manifest.target))
         self.graphs: Mapping[str, Run] = self._loaded
         assets: Mapping[str, Array | str] = read_assets(directory, manifest)
         self.driver: Driver = driver_class(manifest.driver.name)(self.graphs, manifest.driver.settings, assets)
@@ -98,6 +99,12 @@ class LoadedEngine:
         """Free the graphs."""
         for graph in self._loaded.values():
             graph.close()
+
+
+def _threads(target: Mapping[str, Any]) -> dict[str, int]:
+    """The threads of an engine on the CPU whose target leaves them open: as many as every other one's."""
+    own = (target.get("options") or {}).get("threads")
+    return {} if own or target.get("device", "cpu") != "cpu" else {"threads": usable_threads()}
 
 
 class TorchEngine:
@@ -134,6 +141,22 @@ def measure_latency(
     Returns:
         ``{engine: {"latency": {graph: {batch: Latency}}, "end_to_end": {batch: Latency}}}``
     """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(usable_threads())
+    try:
+        return _measure(engines, task, inputs, settings)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _measure(
+    engines: Mapping[str, Candidate],
+    task: Task,
+    inputs: Mapping[str, Mapping[str, Array]],
+    settings: Benchmark,
+) -> dict[str, Any]:
     results: dict[str, Any] = {name: {"latency": {}, "end_to_end": {}} for name in engines}
     wanted = {name: _batches(engine.target, settings) for name, engine in engines.items()}
     for batch in sorted({batch for sizes in wanted.values() for batch in sizes}):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LIBRARIES", "describe_machine"]
+__all__ = ["LIBRARIES", "describe_machine", "usable_threads"]
 
 LIBRARIES = (
     "compressor", "numpy", "torch", "torchvision", "timm", "diffusers", "transformers", "accelerate", "onnx",
@@ -29,8 +30,9 @@ def describe_machine() -> dict[str, Any]:
     """Describe this machine as JSON values; what cannot be found out is None or absent.
 
     Returns:
-        ``cpu`` {model, architecture, cores (logical), affinity (usable by this process), quota (cores granted by the
-        container, or None)}, ``memory_mb`` (1 MB = 10^6 bytes; the container's limit where it is lower), ``os``,
+        ``cpu`` {model, architecture, cores (logical), affinity (usable by this process), cpus (which those are, as
+        "0-3,8"), quota (cores granted by the container, or None), threads (of an inference on the CPU, unless a target
+        or a flag says otherwise)}, ``memory_mb`` (1 MB = 10^6 bytes; the container's limit where it is lower), ``os``,
         ``python``, ``libraries`` {name: version}, ``gpus`` [{name, memory, driver}], ``environment`` (variables that
         steer threads and devices).
     """
@@ -39,8 +41,10 @@ def describe_machine() -> dict[str, Any]:
             "model": _cpu_model(),
             "architecture": platform.machine(),
             "cores": os.cpu_count(),
-            "affinity": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+            "affinity": len(_affinity()) or None,
+            "cpus": _ranges(_affinity()) or None,
             "quota": _cpu_quota(),
+            "threads": usable_threads(),
         },
         "memory_mb": _memory_mb(),
         "os": _system(),
@@ -49,6 +53,34 @@ def describe_machine() -> dict[str, Any]:
         "gpus": _gpus(),
         "environment": {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
     }
+
+
+def usable_threads() -> int:
+    """Threads that an inference on the CPU gets, the same for every engine, or a comparison compares their defaults.
+
+    ``OMP_NUM_THREADS`` where it is set; else the cores that this process may use, as far as its container grants them.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    cores = len(_affinity()) or os.cpu_count() or 1
+    quota = _cpu_quota()
+    return max(1, min(cores, math.ceil(quota))) if quota is not None else cores
+
+
+def _affinity() -> list[int]:
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def _ranges(numbers: list[int]) -> str:
+    """Whole numbers as ranges: "0-3,8"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 def _versions() -> dict[str, str]:

@@ -382,6 +382,9 @@ def machine_lines(machine: Mapping[str, Any]) -> list[tuple[str, str]]:
             quota = f", {value['quota']:g} granted" if value.get("quota") else ""
             text = f"{value.get('model')}, {value.get('cores')} cores{usable}{quota} ({value.get('architecture')})"
             lines.append(("Processor", text))
+            if value.get("threads"):
+                where = f", on processors {value['cpus']}" if value.get("cpus") else ""
+                lines.append(("Threads", f"{value['threads']} an inference unless a target says otherwise{where}"))
         elif key == "memory_mb" and isinstance(value, (int, float)):
             lines.append(("Memory", format_bytes(value * 1e6)))
         elif key == "gpus" and isinstance(value, list):

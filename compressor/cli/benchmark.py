@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from compressor.errors import CompressorError, RequestError, TargetError
-from compressor.profiles.latency import Latency, Ratio, measure_interleaved, ratio
+from compressor.profiles.latency import Latency, Ratio, measure_interleaved, ratio, timed
+from compressor.profiles.machine import usable_threads
+from compressor.profiles.size import total_bytes
 from compressor.runtimes.bundle import read_bundle
 from compressor.runtimes.load import load, open_graph
 from compressor.runtimes.manifest import MANIFEST_FILE, read_manifest
@@ -33,12 +35,14 @@ class Candidate:
         call: Takes named arrays.
         inputs: (name, shape, dtype) of each; a string in a shape names a free axis.
         largest: Largest batch size, or None.
+        facts: ``threads`` of an inference (0: the engine's choice), ``load_ms``, ``bytes`` of its files.
     """
 
     name: str
     call: Callable[[Mapping[str, Array]], object]
     inputs: tuple[tuple[str, tuple[int | str, ...], str], ...]
     largest: int | None = None
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,10 @@ class Row:
 
 @dataclass
 class Measurement:
-    """All rows, and what was not measured and why."""
+    """All rows, facts of each candidate by name, and what was not measured and why."""
 
     rows: list[Row] = field(default_factory=list)
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
@@ -69,7 +74,17 @@ class Measurement:
             speedup = None if row.speedup is None else row.speedup._asdict()
             rows.append({"batch": row.batch, "artifact": row.name, **figures, "speedup": speedup})
         skipped = [{"artifact": name, "reason": reason} for name, reason in self.skipped]
-        return {"machine": describe_machine(), "rows": rows, "skipped": skipped}
+        artifacts = [{"artifact": name, **facts} for name, facts in self.facts.items()]
+        return {"machine": describe_machine(), "artifacts": artifacts, "rows": rows, "skipped": skipped}
+
+    def thread_note(self) -> str:
+        """What to say where the candidates do not have the same threads; empty where they do."""
+        threads = {name: int(facts["threads"]) for name, facts in self.facts.items() if facts["threads"]}
+        if len(set(threads.values())) < 2:
+            return ""
+        return (
+            f"threads differ: {', '.join(f'{name} has {n}' for name, n in threads.items())}; --threads sets all alike"
+        )
 
 
 def measure_artifacts(
@@ -97,6 +112,7 @@ def measure_artifacts(
     """
     measured = Measurement()
     candidates = _open_all(_artifacts(paths), options or {}, measured)
+    measured.facts = {candidate.name: candidate.facts for candidate in candidates}
     for batch in batches:
         calls: dict[str, Callable[[], object]] = {}
         for candidate in candidates:
@@ -107,6 +123,9 @@ def measure_artifacts(
             calls[candidate.name] = partial(candidate.call, request(candidate, batch, sizes or {}))
         if not calls:
             continue
+        for name, call in calls.items():
+            if "first_ms" not in measured.facts[name]:
+                measured.facts[name]["first_ms"] = timed(call).milliseconds
         found = measure_interleaved(calls, rounds=rounds, budget_seconds=seconds)
         first = next(iter(found.values()))
         for name, latency in found.items():
@@ -183,15 +202,33 @@ def _open_all(paths: Sequence[Path], options: Mapping[str, Any], measured: Measu
 
 
 def _open(path: Path, name: str, options: Mapping[str, Any]) -> Candidate:
+    """Load with the threads asked for, else the target's own, else as many as every other candidate gets."""
     bundle = path.is_file() and path.suffix == BUNDLE
     if path.is_file() and not bundle:
-        graph = open_graph(path, GRAPH_FILES[path.suffix], options)
-        return Candidate(name, graph, tuple((spec.name, spec.shape, spec.dtype) for spec in graph.inputs))
-    driver = load(path, options)
+        options = {"threads": usable_threads(), **options}
+        loaded = timed(lambda: open_graph(path, GRAPH_FILES[path.suffix], options))
+        graph: Any = loaded.value
+        specs = tuple((spec.name, spec.shape, spec.dtype) for spec in graph.inputs)
+        files = [path, *(side for side in _side_files(path) if side.is_file())]
+        return Candidate(name, graph, specs, None, _facts(options, loaded.milliseconds, files))
     manifest = read_bundle(path) if bundle else read_manifest(path, verify=False)
+    if manifest.target.get("device", "cpu") == "cpu":
+        own = (manifest.target.get("options") or {}).get("threads")
+        options = {"threads": own or usable_threads(), **options}
+    loaded = timed(lambda: load(path, options))
+    driver: Any = loaded.value
     largest = (manifest.target.get("batch") or {}).get("max")
     ports = tuple((port.name, port.shape, port.dtype) for port in driver.inputs)
-    return Candidate(name, driver, ports, largest)
+    return Candidate(name, driver, ports, largest, _facts(options, loaded.milliseconds, [path]))
+
+
+def _side_files(path: Path) -> tuple[Path, Path]:
+    """Where the weights of a graph file may lie."""
+    return path.with_name(path.name + ".data"), path.with_suffix(".bin")
+
+
+def _facts(options: Mapping[str, Any], load_ms: float, files: Sequence[Path]) -> dict[str, float]:
+    return {"threads": int(options.get("threads", 0)), "load_ms": load_ms, "bytes": total_bytes(files)}
 
 
 def _short_names(paths: Sequence[Path]) -> dict[Path, str]:

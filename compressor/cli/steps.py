@@ -11,6 +11,7 @@ from compressor.cli.terminal import Terminal, plain_table
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from compressor.cli.benchmark import Measurement
 
@@ -97,7 +98,8 @@ def _print_measurement(console: Console, measured: Measurement) -> None:
     table = plain_table("batch", "artifact", "p50 ms", "p90 ms", "p99 ms", "per second", "times faster", "notes")
     for row in measured.rows:
         figures = [f"{value:.3f}" for value in (row.latency.p50, row.latency.p90, row.latency.p99)]
-        faster = "reference" if row.speedup is None else f"{row.speedup.value:.2f}"
+        ratio = row.speedup
+        faster = "reference" if ratio is None else f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})"
         cells = [
             str(row.batch),
             row.name,
@@ -108,5 +110,20 @@ def _print_measurement(console: Console, measured: Measurement) -> None:
         ]
         table.add_row(*(Text(cell) for cell in cells))
     console.print(table)
+    console.print(_facts_table(measured))
+    if measured.thread_note():
+        console.print(measured.thread_note(), markup=False, soft_wrap=True)
     for name, reason in measured.skipped:
         console.print(f"not measured: {name}: {reason}", markup=False, soft_wrap=True)
+
+
+def _facts_table(measured: Measurement) -> Table:
+    """How each candidate starts, how big it is, and with how many threads it ran."""
+    from rich.text import Text
+
+    table = plain_table("artifact", "threads", "load ms", "first call ms", "MB")
+    for name, facts in measured.facts.items():
+        threads = f"{facts['threads']:.0f}" if facts["threads"] else "the engine's choice"
+        times = [f"{facts[key]:.1f}" if key in facts else "" for key in ("load_ms", "first_ms")]
+        table.add_row(*(Text(cell) for cell in (name, threads, *times, f"{facts['bytes'] / 1e6:.2f}")))
+    return table

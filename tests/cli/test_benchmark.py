@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -145,3 +146,20 @@ def write_image_graph(path: Path) -> None:
     logits = helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, ["batch", 64])
     graph = helper.make_graph(nodes, "classifier", [image], [logits], [weight])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+
+
+def test_bench_tells_how_each_candidate_starts_and_how_big_it_is(
+    graphs: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["bench", *map(str, graphs), "--batch", "1", "--seconds", "0.05", "--rounds", "3"]
+    assert execute([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    facts = {row["artifact"]: row for row in result["artifacts"]}
+    assert list(facts) == ["slow.onnx", "fast.onnx"]
+    assert all(row["load_ms"] > 0 and row["first_ms"] > 0 for row in facts.values())
+    assert facts["fast.onnx"]["bytes"] == graphs[1].stat().st_size
+    speedup = result["rows"][1]["speedup"]
+    assert speedup["low"] <= speedup["value"] <= speedup["high"]
+    assert execute(arguments) == 0
+    out = capsys.readouterr().out
+    assert "first call ms" in out and re.search(r"\d\.\d\d \(\d+\.\d\d to \d+\.\d\d\)", out.replace("\n", " "))
