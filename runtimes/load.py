@@ -104,7 +104,7 @@ def _load_folder(folder: Path, manifest: Manifest, options: Mapping[str, Any] | 
 def _check_ports(driver: Driver) -> None:
     for port in (*driver.inputs, *driver.outputs):
         fixed = [size for size in port.shape if not isinstance(size, str)]
-        if any(size < 0 for size in fixed) or math.prod(fixed) > _LARGEST_PORT:
+        if any(size < 1 for size in fixed) or math.prod(fixed) > _LARGEST_PORT:
             raise ValueError(f"the shape {tuple(port.shape)} of {port.name!r}")
 
 

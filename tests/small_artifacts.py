@@ -67,6 +67,18 @@ def generator(folder: Path, clip: float | None = 1.0, **metadata: Any) -> Path:
     return _write(folder, "denoiser", nodes, ports, weights, "sampler", settings, metadata, assets)
 
 
+def segmenter(folder: Path, **metadata: Any) -> Path:
+    """A class for every pixel of gray pictures of any size: bright is class 1."""
+    nodes = [
+        helper.make_node("Sub", ["half", "image"], ["dark"]),
+        helper.make_node("Sub", ["image", "half"], ["bright"]),
+        helper.make_node("Concat", ["dark", "bright"], ["logits"], axis=1),
+    ]
+    settings = {"mean": [0.0], "std": [1.0], "channels": 1, "classes": 2, "tile": [8, 8], "labels": ["dark", "bright"]}
+    ports = {"image": ("batch", 1, 8, 8)}, {"logits": ("batch", 2, 8, 8)}
+    return _write(folder, "segmenter", nodes, ports, {"half": np.float32(0.5)}, "dense", settings, metadata)
+
+
 def _write(
     folder: Path,
     name: str,

@@ -13,7 +13,7 @@ from PIL import Image
 
 from compressor.cli.app import execute
 from compressor.runtimes.bundle import read_bundle
-from tests.small_artifacts import classifier, generator
+from tests.small_artifacts import classifier, generator, segmenter
 
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -119,6 +119,17 @@ def test_infer_writes_the_pictures_of_labels(cli: Cli, tmp_path: Path) -> None:
     assert code == 0
     assert [Path(line).name for line in out.splitlines()] == ["2-5.png", "3-5.png"]
     assert np.asarray(Image.open(tmp_path / "out" / "3-5.png")).tolist() == [[0, 255], [0, 255]]
+
+
+def test_infer_writes_a_mask_as_a_picture_whose_pixels_are_classes(cli: Cli, tmp_path: Path, picture: Path) -> None:
+    cli("bundle", segmenter(tmp_path / "cuts"), "--out", tmp_path / "x.zip")
+    code, out, _ = cli("infer", tmp_path / "x.zip", picture, "--out", tmp_path)
+    assert (code, out) == (0, f"{tmp_path / 'half.classes.png'}\n")
+    mask = Image.open(tmp_path / "half.classes.png")
+    assert mask.mode == "P" and mask.size == (20, 20)
+    assert np.array_equal(np.asarray(mask), np.asarray(Image.open(picture)) > 127)
+    colours = np.asarray(mask.convert("RGB")).reshape(-1, 3)
+    assert len(np.unique(colours, axis=0)) == 2
 
 
 def test_infer_writes_latents_as_arrays(cli: Cli, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from compressor.exporters.licence import licence_note
 from compressor.runtimes import load
 from compressor.runtimes.bundle import check_bundle, read_bundle
 from compressor.runtimes.manifest import hash_file, read_manifest
-from tests.small_artifacts import LABELS, classifier, generator
+from tests.small_artifacts import LABELS, classifier, generator, segmenter
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_weights_that_shrink_like_a_bomb_are_stored(artifact: Path, tmp_path: Pa
     assert load(tmp_path / "x.zip")(np.zeros((4, 4)))[0].name == "dark"
 
 
-@pytest.mark.parametrize("maker", [classifier, generator])
+@pytest.mark.parametrize("maker", [classifier, generator, segmenter])
 def test_every_driver_of_ours_is_described_without_an_engine(tmp_path: Path, maker) -> None:
     artifact = maker(tmp_path / "artifact")
     change(artifact, lambda manifest: manifest["engine"].update(name="tensorrt"))

@@ -297,6 +297,7 @@ def shape(*sizes: object) -> Callable[[dict[str, Any]], object]:
         (lambda m: m["engine"].update(name="x" * 5000), "engine.name: .* at most 200"),
         (lambda m: m["driver"]["settings"].update(shape=["x" * 5000]), "the driver 'sampler' cannot use"),
         (lambda m: m["driver"]["settings"].update(shape=[10**6, 10**6, 10**6]), "cannot use the shape"),
+        (lambda m: m["driver"]["settings"].update(shape=[1, 0, 2]), "cannot use the shape"),
         (lambda m: m["driver"]["settings"].update(shape="abc"), "the driver 'sampler' cannot use"),
         (lambda m: m["driver"]["settings"].update(clip=[]), "the driver 'sampler' cannot use"),
         (lambda m: m["driver"]["settings"].pop("shape"), "misses 'shape'"),
