@@ -92,7 +92,8 @@ class Report:
         stack_bytes: Local memory of a thread; a frame that nothing loads or stores holds no spilled register.
         spills: Instructions that load or store local memory: spilled registers.
         instructions: SASS instructions by kind, all of them under "all".
-        entries_a_program: Entries of the rows that a program holds, where its listing has no loop; 0 elsewhere.
+        entries_a_program: Entries of a row kernel's tile: its listing takes each of them through once, and through
+            every walk where it walks longer rows. 0 for other kernels.
         bytes_an_entry: What must move for each of them: student and teacher read, gradient written.
     """
 
@@ -223,10 +224,11 @@ def _report(case: str, launch: Launch, capability: int) -> Report:
 
 
 def _entries(launch: Launch) -> int:
-    """Entries of the rows that a program of `whole_rows_kernel` holds."""
-    if launch.kernel.__name__ != "whole_rows_kernel":
-        return 0
-    return launch.arguments["ROWS"] * launch.arguments["columns"]
+    """Entries of the tile of a divergence kernel."""
+    arguments, kernel = launch.arguments, launch.kernel.__name__
+    if kernel == "whole_rows_kernel":
+        return int(arguments["ROWS"] * arguments["columns"])
+    return int(arguments["ROWS"] * arguments["BLOCK"]) if kernel == "long_rows_kernel" else 0
 
 
 def _output(*command: str | Path) -> str:
@@ -401,17 +403,21 @@ def default_cases() -> list[Case]:
     return cases
 
 
+HEAD = (
+    f"{'case':<53} {'kernel':<22} {'sm':>4} {'warps':>5} "
+    f"{'regs':>5} {'shared':>7} {'spills':>6} {'fit':>4} {'instr':>6}"
+)
+
+
+def line(report: Report) -> str:
+    """One line of the table under `HEAD`."""
+    return (
+        f"{report.case:<53} {report.kernel:<22} {report.capability:>4} {report.num_warps:>5} "
+        f"{report.registers:>5} {report.shared_bytes:>7} {report.spills:>6} "
+        f"{report.programs_per_multiprocessor:>4} {report.instructions['all']:>6}"
+    )
+
+
 def table(reports: list[Report]) -> str:
     """One line a kernel and GPU."""
-    head = (
-        f"{'case':<53} {'kernel':<22} {'sm':>4} {'warps':>5} "
-        f"{'regs':>5} {'shared':>7} {'spills':>6} {'fit':>4} {'instr':>6}"
-    )
-    lines = [head, "-" * len(head)]
-    for report in reports:
-        lines.append(
-            f"{report.case:<53} {report.kernel:<22} {report.capability:>4} {report.num_warps:>5} "
-            f"{report.registers:>5} {report.shared_bytes:>7} {report.spills:>6} "
-            f"{report.programs_per_multiprocessor:>4} {report.instructions['all']:>6}"
-        )
-    return "\n".join(lines)
+    return "\n".join([HEAD, "-" * len(HEAD), *map(line, reports)])

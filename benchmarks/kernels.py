@@ -96,13 +96,18 @@ def compile_only(capabilities: Sequence[int] | None, *, quick: bool) -> int:
     """Compile, print the tables, store them; 1 where a default configuration spills or does not fit."""
     import torch
     import triton
-    from kernel_compilation import CAPABILITIES, compile_case, default_cases, table
+    from kernel_compilation import CAPABILITIES, HEAD, compile_case, default_cases, line
     from memory_floor import floor_table, floors
 
     chosen = tuple(capabilities or CAPABILITIES)
     cases = default_cases()[:: 6 if quick else 1]
-    reports = [report for case in cases for capability in chosen for report in compile_case(case, capability)]
-    print(table(reports))
+    reports = []
+    print(HEAD)
+    for case in cases:
+        for capability in chosen:
+            for report in compile_case(case, capability):
+                print(line(report), flush=True)
+                reports.append(report)
     estimates = floors(reports)
     print("\n" + floor_table(estimates))
     wrong = [report for report in reports if report.spills or not report.programs_per_multiprocessor]

@@ -39,13 +39,13 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Estimate:
-    """One kernel that holds whole rows, on one GPU.
+    """One divergence kernel on one GPU.
 
     Attributes:
         case: Which launch.
         gpu: Whose data sheet.
         bytes_an_entry: What must move.
-        instructions_an_entry: Of a thread, the fixed part of a program included.
+        instructions_an_entry: Of a thread, for all walks over its row, the fixed part of a program included.
         special_an_entry: Of those, special functions.
         issue_share: Time to issue the instructions, in units of the memory floor; above 1 the kernel cannot reach it.
         special_share: The same for the special functions.
@@ -64,7 +64,7 @@ class Estimate:
 
 
 def floors(reports: Sequence[Report]) -> list[Estimate]:
-    """Estimates for the row kernels without loops, whose instructions can be counted from the listing."""
+    """Estimates for the divergence kernels, whose listings take every entry of a tile through once a walk."""
     estimates = []
     for report in reports:
         if not report.entries_a_program:
