@@ -166,9 +166,18 @@ def page(bundles: Path, tmp_path: Path) -> Iterator[Server]:
     if installed.is_dir():
         (folder / "node_modules").symlink_to(installed)
     else:
-        done = run(npm, "install", "--ignore-scripts", "--no-package-lock", cwd=folder)
-        if done.returncode:
-            pytest.skip(f"npm cannot install onnxruntime-web: {done.stderr.strip().splitlines()[-1:]}")
+        install = [
+            npm,
+            "install",
+            "--ignore-scripts",
+            "--no-package-lock",
+            "--fetch-retries=1",
+            "--fetch-timeout=20000",
+        ]
+        try:
+            subprocess.run(install, cwd=folder, check=True, capture_output=True, text=True, timeout=120)
+        except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+            pytest.skip(f"npm cannot install onnxruntime-web: {' '.join(str(error.stderr).split())[-200:]}")
     for name in ("classifier", "generator"):
         unpack(bundles / f"{name}.zip", folder / "models" / name)
     html = folder / "index.html"
