@@ -58,7 +58,10 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
         comparisons=_comparisons(timings, [model.name for model in models], recipe),
         curve=_curve(models, engines, links),
         training=_training(folder.checkpoints / "history.json"),
-        samples=[*_samples(evaluated), *result_sheets(folder)],
+        samples=[
+            *_samples(evaluated, getattr(task, "pictures_caption", "Same labels, same noise for all.")),
+            *result_sheets(folder),
+        ],
         skipped=[f"{e.model} on {e.target}: {e.reason}" for e in engines if e.reason],
         notes=[*result_lines(folder), *notes],
     )
@@ -194,11 +197,11 @@ def _training(path: Path) -> dict[str, dict[str, list[Any]]]:
     return history
 
 
-def _samples(evaluated: Mapping[str, Mapping[str, Any]]) -> list[SampleSheet]:
+def _samples(evaluated: Mapping[str, Mapping[str, Any]], caption: str) -> list[SampleSheet]:
     sheets = []
     for name, facts in evaluated.items():
         if "png" in facts:
             model, target = _split(name)
             title = name if "macs" in facts else f"{model} on {target}"
-            sheets.append(SampleSheet(title=title, png_base64=facts["png"], caption="Same labels, same noise for all."))
+            sheets.append(SampleSheet(title=title, png_base64=facts["png"], caption=caption))
     return sheets

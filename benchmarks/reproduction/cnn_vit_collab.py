@@ -104,11 +104,11 @@ def main() -> None:
     asked, log = parser.parse_args(), Log()
     task = FewScenes({"train": RECIPE["data"]["train"]}, {})
     task.count = asked.scenes
-    results = stored(asked.steps, asked.scenes)
     for seed in asked.seeds:
-        if seed not in results:
-            results[seed] = {"seed": seed, **{arm: train(arm, seed, asked.steps, task) for arm in ARMS}}
-            log.say(str(results[seed]))
+        if seed not in stored(asked.steps, asked.scenes):
+            result = {"seed": seed, **{arm: train(arm, seed, asked.steps, task) for arm in ARMS}}
+            log.say(str(result))
+            results = stored(asked.steps, asked.scenes) | {seed: result}
             found = outcome([results[known] for known in sorted(results)])
             record_result("cnn-vit-collab", {"steps": asked.steps, "scenes": asked.scenes, **found})
             log.say(str(found))

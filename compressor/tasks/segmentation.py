@@ -64,6 +64,7 @@ class Segmentation:
         "mask": "(H, W) int64 classes in 0..K-1, or the set's ignore_index (255)",
     }
     target: ClassVar[str] = "mask"
+    pictures_caption: ClassVar[str] = "Images, their masks, and what the model says; gray belongs to no class."
     figures: tuple[Figure, ...] = (
         Figure("miou", "mIoU", "higher", headline=True),
         Figure("pixel_accuracy", "Pixel accuracy", "higher"),
