@@ -13,12 +13,11 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from compressor.data.stream import Batch
 from compressor.errors import RequestError
+from compressor.kernels import feature_distance
 from compressor.losses.divergence import kl_divergence
-from compressor.losses.precision import at_least_float32
 from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.models.feature_layers import FeatureLayer
 from compressor.models.image_network import ImageNetwork
@@ -51,7 +50,7 @@ def hint_loss(regressed_features: Tensor, hint_features: Tensor) -> Tensor:
             f"guided features {tuple(regressed_features.shape)} and hint {tuple(hint_features.shape)} differ: put a "
             "regressor between them"
         )
-    return 0.5 * F.mse_loss(at_least_float32(regressed_features), at_least_float32(hint_features.detach()))
+    return 0.5 * feature_distance(regressed_features, hint_features, "mse")
 
 
 def hint_regressor(guided_shape: tuple[int, int, int], hint_shape: tuple[int, int, int]) -> nn.Conv2d:

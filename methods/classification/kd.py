@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor
 
 from compressor.data.stream import Batch
-from compressor.losses.divergence import kl_divergence
+from compressor.losses.divergence import cross_entropy_and_kl, kl_divergence
 from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.training.distillation import LogitTrainingConfig, StudentMethod, teacher_logits, train_phase
 from compressor.training.phase import Phases, Update
-from compressor.training.supervised import Supervision, label_loss
+from compressor.training.supervised import Supervision
 from compressor.training.training_config import make_stream
 
 __all__ = ["KD", "METHOD", "kd_objective", "soft_target_loss"]
@@ -64,9 +64,16 @@ def kd_objective(
     Returns:
         Scalar in nats.
     """
-    soft = soft_target_loss(student_logits, teacher_logits, temperature=temperature)
-    hard = label_loss(student_logits, labels, ignore_index=ignore_index)
-    return soft_weight * soft + (1 - soft_weight) * hard
+    return cross_entropy_and_kl(
+        student_logits,
+        teacher_logits,
+        labels,
+        temperature=temperature,
+        kl_weight=soft_weight,
+        ce_weight=1 - soft_weight,
+        ignore_index=ignore_index,
+        dim=1,
+    )
 
 
 class Config(LogitTrainingConfig):
