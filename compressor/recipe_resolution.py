@@ -158,7 +158,7 @@ def default_config(method: MethodClass, *, own_data: bool = True) -> dict[str, A
     """The default configuration with every key, or what the default recipe says of one that has keys to be given.
 
     Args:
-        method: Its default recipe may hold ``config``, and ``data_config`` for what suits that recipe's small data only.
+        method: Its default recipe may hold ``config``, and ``data_config`` for what suits its own small data only.
         own_data: The data are the default recipe's; with others, ``data_config`` is left out and the method's own
             defaults hold, which are the paper's.
     """
