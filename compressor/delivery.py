@@ -16,6 +16,7 @@ from compressor.work import Made, Work, weights_hash
 
 if TYPE_CHECKING:
     from compressor.deployable import Deployable
+    from compressor.exporters.calibration import CalibrationData
     from compressor.models.model import Model
     from compressor.profiles.report import Report
     from compressor.profiles.target import Target
@@ -79,6 +80,7 @@ def _export(work: Work, deployable: Deployable, target: Target, name: str) -> Pa
                 target,
                 directory,
                 records=records,
+                calibration=_calibration(work, deployable, target) if target.quantized else None,
                 cache=work.folder.path / "graphs",
                 metadata={"recipe": work.recipe.to_dict(), "artifact": name},
             )
@@ -90,6 +92,15 @@ def _export(work: Work, deployable: Deployable, target: Target, name: str) -> Pa
         said = f"exported {name} ({manifest.engine.name}" + (f", parity {parity:.1e})" if parity is not None else ")")
         work.log.event("export", said, artifact=str(directory))
     return directory
+
+
+def _calibration(work: Work, deployable: Deployable, target: Target) -> CalibrationData:
+    from compressor.calibration import calibration_data
+
+    data = calibration_data(work.judged(), deployable, target)
+    for note in data.notes:
+        work.log.warn(f"{target.name}: {note}")
+    return data
 
 
 def _measure(work: Work, made: Made) -> None:
@@ -137,7 +148,10 @@ def _open_engine(work: Work, name: str) -> Any:
 
     target = _torch_target(work, name)
     if target is not None:
-        return TorchEngine(work.deployables[name], target)
+        try:
+            return TorchEngine(work.deployables[name], target)
+        except TargetError as error:
+            return str(error)
     return load_engine(work.folder.artifact(name))
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from compressor.deployable import Deployable
 from compressor.errors import TargetError
-from compressor.evaluate import TorchRun, evaluate
+from compressor.evaluate import evaluate
 from compressor.models.model import Model
 from compressor.profiles.latency import Latency, measure_interleaved, ratio
 from compressor.profiles.machine import usable_threads
@@ -19,6 +19,7 @@ from compressor.runtimes.load import driver_class, load_graphs
 from compressor.runtimes.manifest import read_assets, read_manifest
 from compressor.runtimes.runtime import Array, Driver, Run
 from compressor.tasks.task import Task
+from compressor.torch_targets import torch_run
 
 __all__ = [
     "Candidate", "LoadedEngine", "TorchEngine", "block_parameters", "calls_per_request", "compare_latency",
@@ -108,16 +109,19 @@ def _threads(target: Mapping[str, Any]) -> dict[str, int]:
 
 
 class TorchEngine:
-    """A model as PyTorch itself runs it: what a target of the runtime "torch" measures.
+    """A model as PyTorch itself runs it: what targets without an artifact measure.
 
     Args:
         deployable: Its graphs and driver.
         target: The target, resolved.
+
+    Raises:
+        TargetError: Its device or library is not here.
     """
 
     def __init__(self, deployable: Deployable, target: Mapping[str, Any]) -> None:
         self.target = target
-        self.graphs = {name: TorchRun(graph.module.eval(), graph.outputs) for name, graph in deployable.graphs.items()}
+        self.graphs = {name: torch_run(graph, target) for name, graph in deployable.graphs.items()}
         self.driver = driver_class(deployable.driver.name)(self.graphs, deployable.driver.settings, deployable.assets)
 
     def close(self) -> None:

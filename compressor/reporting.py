@@ -10,6 +10,7 @@ from typing import Any
 
 from compressor.chain import link_names
 from compressor.errors import ArtifactError
+from compressor.profiles.engine_remarks import slower_than_float
 from compressor.profiles.latency import Latency
 from compressor.profiles.machine import describe_machine
 from compressor.profiles.report import (
@@ -63,7 +64,7 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
             *result_sheets(folder),
         ],
         skipped=[f"{e.model} on {e.target}: {e.reason}" for e in engines if e.reason],
-        notes=[*result_lines(folder), *notes],
+        notes=[*result_lines(folder), *notes, *slower_than_float(engines)],
     )
 
 
@@ -116,8 +117,12 @@ def _engine(folder: RunDirectory, name: str, facts: Mapping[str, Any], timing: M
         "metrics": facts.get("metrics"),
     }
     if "torch" in export_facts:
-        precision = str(export_facts["torch"]["precision"])
-        return EngineEntry(model=model, target=target, runtime="torch", engine="torch", precision=precision, **measured)
+        kind, precision = (str(export_facts["torch"][key]) for key in ("runtime", "precision"))
+        reason = str(facts.get("reason", ""))
+        return EngineEntry(
+            model=model, target=target, runtime=kind, engine=kind, precision=precision, runnable=not reason,
+            reason=reason, **measured,
+        )  # fmt: skip
     try:
         manifest = read_manifest(folder.artifact(name), verify=False)
     except ArtifactError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from compressor.exporters.onnx_graph import OnnxGraph
 from compressor.runtimes.manifest import Engine
@@ -19,14 +20,16 @@ class Source:
     Attributes:
         name: Of the graph; the engine's file is called after it.
         plain: Float32.
-        typed: Strongly typed in the target's precision; the same as ``plain`` for fp32.
+        typed: Strongly typed in the target's precision, or with pairs of quantisation; the same as ``plain`` for fp32.
         kept: Nodes of ``plain`` that stay in float32, with the reason.
+        model: OpenVINO's own model, where NNCF has quantised it.
     """
 
     name: str
     plain: OnnxGraph
     typed: OnnxGraph
     kept: Mapping[str, str] = field(default_factory=dict)
+    model: Any = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,14 @@ class Built:
         engine: What built it.
         data_file: Name of the file of its weights, where they lie apart.
         notes: Sentences for the manifest.
+        properties: What the engine must be told when it loads the file, besides the target's own.
     """
 
     file: str
     engine: Engine
     data_file: str | None = None
     notes: tuple[str, ...] = field(default=())
+    properties: Mapping[str, str] = field(default_factory=dict)
 
     def path(self, directory: Path) -> Path:
         """The graph's file in the artifact's folder."""

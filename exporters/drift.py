@@ -11,7 +11,7 @@ from compressor.exporters.half_arithmetic import JUDGE, rounding_graph
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.layers import layer_of
 from compressor.exporters.parity import compare
-from compressor.exporters.typed_graph import float_values, normalised
+from compressor.exporters.typed_graph import FLOAT16, Half, float_values, normalised
 from compressor.runtimes.runtime import Array
 
 __all__ = ["first_drift"]
@@ -19,7 +19,9 @@ __all__ = ["first_drift"]
 _AT_ONCE = 64
 
 
-def first_drift(plain: ModelProto, typed: ModelProto, record: Mapping[str, Array], tolerance: float) -> str:
+def first_drift(
+    plain: ModelProto, typed: ModelProto, record: Mapping[str, Array], tolerance: float, kind: Half = FLOAT16
+) -> str:
     """Compare all values of a graph in float32 and in half arithmetic.
 
     Args:
@@ -27,13 +29,14 @@ def first_drift(plain: ModelProto, typed: ModelProto, record: Mapping[str, Array
         typed: Its strongly typed form.
         record: One input.
         tolerance: Largest difference of a value over its largest absolute value.
+        kind: The 16-bit type.
 
     Returns:
         "value X of layer Y (Operator)" for the first value that is further off, or "no value alone" where none is.
     """
     base = normalised(plain)
     floats = float_values(base.graph)
-    judged = rounding_graph(typed)
+    judged = rounding_graph(typed, kind)
     present = {name for node in judged.graph.node for name in node.output}
     places = [(name, node) for node in base.graph.node for name in node.output if name in floats & present]
     names = [name for name, _ in places]

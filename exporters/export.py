@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,17 @@ import numpy as np
 from compressor.atomic import atomic_directory, write_json
 from compressor.deployable import Deployable, Graph
 from compressor.errors import ArtifactError, RequestError, TargetError
+from compressor.evaluate import TorchRun
 from compressor.exporters.artifact import Built, Source
+from compressor.exporters.calibration import CalibrationData, check_records
 from compressor.exporters.graph_store import GraphStore
 from compressor.exporters.half_arithmetic import JUDGE
 from compressor.exporters.onnx_graph import evaluation_form, module_outputs
 from compressor.exporters.openvino import OPENVINO_ISLANDS
 from compressor.exporters.parity import TOLERANCES, compare, worst
-from compressor.profiles.target import Availability, Target, availability
+from compressor.exporters.quantized_export import quantize_graph
+from compressor.exporters.typed_graph import HALVES
+from compressor.profiles.target import Availability, Target, availability, with_overrides
 from compressor.runtimes.load import open_graph, runtime_options
 from compressor.runtimes.manifest import (
     ASSETS_FILE,
@@ -38,7 +42,7 @@ from compressor.runtimes.manifest import (
     check_relative_path,
     hash_file,
 )
-from compressor.runtimes.runtime import Array, TensorSpec
+from compressor.runtimes.runtime import Array, Run, TensorSpec
 
 __all__ = ["export"]
 
@@ -52,6 +56,7 @@ def export(
     directory: Path,
     *,
     records: Mapping[str, list[Mapping[str, Array]]] | None = None,
+    calibration: CalibrationData | None = None,
     cache: Path | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Manifest:
@@ -63,6 +68,8 @@ def export(
         directory: The artifact's folder; replaced whole, only if everything succeeds.
         records: By graph, inputs that it really gets (`record_inputs`); the example inputs otherwise. They measure
             float32 islands and parity.
+        calibration: What 8-bit targets take their ranges from, and what judges them; ``records`` otherwise, and the
+            outputs' error. Other targets need none.
         cache: Folder of exported ONNX graphs, shared by all targets and runs; None exports anew.
         metadata: JSON values for the manifest.
 
@@ -82,23 +89,25 @@ def export(
         store = GraphStore(folder)
         temporary = stack.enter_context(atomic_directory(directory))
         done = {}
+        whole = _Whole(deployable, calibration)
         for name, graph in deployable.graphs.items():
             if not _NAME.fullmatch(name):
                 raise RequestError(f"the graph's name {name!r} is no file name: use letters, digits, - and _")
-            done[name] = _export_graph(name, graph, target, found, store, temporary, (records or {}).get(name))
+            given = (records or {}).get(name)
+            done[name] = _export_graph(name, graph, target, found, store, temporary, given, whole)
         if not done:
             raise RequestError("the deployable has no graph: only its files could be kept, and no target runs them")
         first = next(iter(done.values()))
         reasons = [item.not_run for item in done.values() if item.not_run]
         manifest = Manifest(
-            target=target.model_dump(mode="json"),
+            target=_told(target, done.values()).model_dump(mode="json"),
             engine=first.engine,
             driver=DriverEntry(name=deployable.driver.name, settings=settings),
             graphs={name: item.entry for name, item in done.items()},
             assets=_write_assets(deployable.assets, temporary),
             files=_write_files(deployable, temporary),
             versions=_versions(),
-            notes=tuple(dict.fromkeys(note for item in done.values() for note in item.notes)),
+            notes=_distinct(whole.notes(target), *(item.notes for item in done.values())),
             runnable_here=found.can_run and not reasons,
             reason=(reasons or [found.reason])[0],
             metadata=extra,
@@ -113,6 +122,39 @@ class _Exported:
     engine: Any
     notes: tuple[str, ...]
     not_run: str
+    properties: Mapping[str, str]
+
+
+class _Whole:
+    """The deployable around a graph: its figures can be judged with one graph replaced, and earlier ones as exported.
+
+    Args:
+        deployable: Its graphs and their modules.
+        calibration: Records, judge and notes.
+    """
+
+    def __init__(self, deployable: Deployable, calibration: CalibrationData | None) -> None:
+        self.calibration, self.several = calibration, len(deployable.graphs) > 1
+        self._runs: dict[str, Run] = {
+            name: TorchRun(graph.module, graph.outputs) for name, graph in deployable.graphs.items()
+        }
+
+    def records(self, name: str) -> Sequence[Mapping[str, Array]] | None:
+        """The recorded inputs of a graph."""
+        return self.calibration.records.get(name) if self.calibration is not None else None
+
+    def judge(self, name: str) -> Callable[[Run], float] | None:
+        """The judge of one graph among the others."""
+        judge = self.calibration.judge if self.calibration is not None else None
+        return (lambda run: judge({**self._runs, name: run})) if judge is not None else None
+
+    def use(self, name: str, run: Run) -> None:
+        """From now on judge with this graph instead of the model's: what it has lost, the next ones cannot lose."""
+        self._runs[name] = run
+
+    def notes(self, target: Target) -> tuple[str, ...]:
+        """What there is to say of the data."""
+        return self.calibration.notes if self.calibration is not None and target.quantized else ()
 
 
 def _export_graph(
@@ -123,18 +165,37 @@ def _export_graph(
     store: GraphStore,
     directory: Path,
     records: list[Mapping[str, Array]] | None,
+    whole: _Whole,
 ) -> _Exported:
     with evaluation_form(graph) as plain:
         inputs = _records(name, plain, target, records)
         references = [module_outputs(plain, record, name) for record in inputs]
+        ranges = _records(name, plain, target, whole.records(name) or records) if target.quantized else []
     exported = store.plain(name, graph)
     source, parities = Source(name, exported, exported), []
     islands: tuple[Island, ...] = ()
-    if target.precision == "fp16":
-        half = store.half(name, graph, inputs, references)
-        islands, parities = half.islands, [half.parity]
-        source = Source(name, exported, half.graph, half.kept)
-    built = _builder(found.engine)(source, target, directory)
+    notes: tuple[str, ...] = ()
+    quantization, kind = None, HALVES.get(target.precision)
+    with tempfile.TemporaryDirectory() as folder:
+        if kind is not None:
+            half = store.half(name, graph, inputs, references, kind)
+            islands, parities = half.islands, [half.parity]
+            source = Source(name, exported, half.graph, half.kept)
+        elif target.quantized:
+            samples, notes = check_records(name, ranges)
+            kept: Mapping[str, str] = {}
+            if target.rest == "fp16":
+                half = store.half(name, graph, inputs, references)
+                islands, kept = half.islands, half.kept
+            quantizer = _quantizer(found)(exported, ranges, target, found.engine, found.can_run, kept)
+            cases = list(zip(inputs, references, strict=True))
+            made = quantize_graph(name, quantizer, target, cases, whole.judge(name), samples, Path(folder))
+            source, quantization = made.source, made.entry
+            notes += made.notes
+            if whole.several:
+                whole.use(name, quantizer.open(made.back, Path(folder))[0])
+            parities = [] if found.can_run else [made.parity]
+        built = _builder(found.engine)(source, target, directory)
     not_run = ""
     if found.can_run:
         try:
@@ -147,18 +208,20 @@ def _export_graph(
         parities.append(store.plain_parity(exported, inputs, references))
     if found.engine == "openvino" and target.precision == "fp16":
         islands = tuple(island for island in islands if island.reason in OPENVINO_ISLANDS)
-        parities = [parity for parity in parities if parity.judged_by != JUDGE] or parities
+        parities = [parity for parity in parities if not parity.judged_by.startswith(JUDGE)] or parities
     for parity in parities:
         if not parity.relative <= parity.tolerance:
-            half_graph = source.typed is not source.plain
-            where = f"; the drift starts at {store.drift(exported, source.typed, inputs)}" if half_graph else ""
+            start = store.drift(exported, source.typed, inputs, kind) if kind is not None else ""
+            where = f"; the drift starts at {start}" if start else ""
             raise ArtifactError(
                 f"graph {name!r}: output {parity.output!r} drifts by {parity.relative:.1e} of its scale on "
                 f"{target.name} (allowed: {parity.tolerance:.0e}, judged by {parity.judged_by}){where}"
             )
     typed = source.typed
     entry = _entry(built, target, directory, typed.inputs, typed.outputs, typed.opset, tuple(parities), islands)
-    return _Exported(entry, built.engine, _notes(target, built), not_run)
+    entry = entry.model_copy(update={"quantization": quantization})
+    said = (*notes, *_notes(target, built))
+    return _Exported(entry, built.engine, said, not_run, built.properties)
 
 
 def _engine_parity(
@@ -208,9 +271,19 @@ def _entry(
 
 
 def _notes(target: Target, built: Built) -> tuple[str, ...]:
-    if target.precision != "fp16":
+    if target.precision not in HALVES:
         return built.notes
     return (*built.notes, "Inputs and outputs are float32; halves are used inside the graph.")
+
+
+def _told(target: Target, done: Iterable[_Exported]) -> Target:
+    """The target with the properties that the export has chosen."""
+    chosen = {key: value for item in done for key, value in item.properties.items()}
+    return with_overrides(target, {"options.properties": {**target.options.properties, **chosen}}) if chosen else target
+
+
+def _distinct(*notes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for group in notes for note in group))
 
 
 def _buildable(target: Target) -> Availability:
@@ -237,8 +310,18 @@ def _builder(engine: str) -> Any:
     return tensorrt
 
 
+def _quantizer(found: Availability) -> Any:
+    if found.engine == "openvino":
+        from compressor.exporters.openvino_quantizer import OpenVinoQuantizer
+
+        return OpenVinoQuantizer
+    from compressor.exporters.onnx_quantizer import OnnxQuantizer
+
+    return OnnxQuantizer
+
+
 def _records(
-    name: str, graph: Graph, target: Target, records: list[Mapping[str, Array]] | None
+    name: str, graph: Graph, target: Target, records: Sequence[Mapping[str, Array]] | None
 ) -> list[Mapping[str, Array]]:
     """The recorded inputs in the example's dtypes, at batch sizes that the target takes; else the example itself."""
     given: list[Mapping[str, Array]] = list(records or [])

@@ -11,11 +11,12 @@ from compressor.atomic import atomic_directory, write_json
 from compressor.deployable import Graph
 from compressor.errors import ArtifactError
 from compressor.exporters.fingerprint import graph_fingerprint, records_fingerprint
-from compressor.exporters.half_arithmetic import JUDGE, rounding_graph
+from compressor.exporters.half_arithmetic import judge_of, rounding_graph
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.onnx_graph import OnnxGraph, export_onnx, write_model
 from compressor.exporters.parity import TOLERANCES, compare, worst
 from compressor.exporters.precision import convert_to_half
+from compressor.exporters.typed_graph import FLOAT16, Half
 from compressor.runtimes.manifest import Island, Parity
 from compressor.runtimes.runtime import Array
 
@@ -58,14 +59,15 @@ class GraphStore:
         graph: Graph,
         records: Sequence[Mapping[str, Array]],
         references: Sequence[Mapping[str, Array]],
+        kind: Half = FLOAT16,
     ) -> StoredHalf:
         """The half-precision graph with its float32 islands, searched on ``records`` and judged in half arithmetic."""
-        key = f"{graph_fingerprint(graph)}-{records_fingerprint(records, graph.keep_fp32)}-fp16"
+        key = f"{graph_fingerprint(graph)}-{records_fingerprint(records, graph.keep_fp32)}-{kind.precision}"
         place = self.folder / key
         if not (place / _SEARCH).is_file():
-            converted = convert_to_half(self.plain(name, graph).load(), records, graph.keep_fp32)
-            run = Interpreter(rounding_graph(converted.model))
-            found_parity = _parity(run, records, references, "fp16", JUDGE)
+            converted = convert_to_half(self.plain(name, graph).load(), records, graph.keep_fp32, kind=kind)
+            run = Interpreter(rounding_graph(converted.model, kind))
+            found_parity = _parity(run, records, references, kind.precision, judge_of(kind))
             with atomic_directory(place) as temporary:
                 write_model(converted.model, temporary / _GRAPH)
                 found = [island.model_dump(mode="json") for island in converted.islands]
@@ -79,11 +81,13 @@ class GraphStore:
         except (OSError, ValueError, KeyError) as error:
             raise ArtifactError(f"the stored graph {place} is damaged: delete it and export again") from error
 
-    def drift(self, plain: OnnxGraph, typed: OnnxGraph, records: Sequence[Mapping[str, Array]]) -> str:
+    def drift(
+        self, plain: OnnxGraph, typed: OnnxGraph, records: Sequence[Mapping[str, Array]], kind: Half = FLOAT16
+    ) -> str:
         """Where the half-precision graph starts to drift from the float32 one."""
         from compressor.exporters.drift import first_drift
 
-        return first_drift(plain.load(), typed.load(), records[0], TOLERANCES["fp16"])
+        return first_drift(plain.load(), typed.load(), records[0], TOLERANCES[kind.precision], kind)
 
     def plain_parity(
         self, graph: OnnxGraph, records: Sequence[Mapping[str, Array]], references: Sequence[Mapping[str, Array]]

@@ -1,4 +1,4 @@
-"""Judge a half-precision graph on a CPU in real half arithmetic.
+"""Judge a half-precision graph (float16 or bfloat16) on a CPU in real half arithmetic.
 
 Engines that have no half kernels on the CPU compute a half-precision graph in float32 and say nothing, so they cannot
 judge it. Here every half value of the typed graph is rounded to a half after the operation that makes it; inside an
@@ -7,50 +7,60 @@ operation sums run in float32, as in a tensor core.
 
 from __future__ import annotations
 
-import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_node
 
-from compressor.exporters.typed_graph import MOVES
+from compressor.exporters.onnx_graph import OPSET
+from compressor.exporters.typed_graph import FLOAT16, MOVES, Half
 
-__all__ = ["JUDGE", "rounding_graph"]
+__all__ = ["JUDGE", "judge_of", "rounding_graph"]
 
-JUDGE = "half arithmetic (every operation rounded to float16)"
+JUDGE = "half arithmetic"
+"""Beginning of the judge's name in manifests."""
 
 
-def rounding_graph(typed: ModelProto) -> ModelProto:
+def judge_of(kind: Half) -> str:
+    """The judge's name."""
+    return f"{JUDGE} (every operation rounded to {kind.title})"
+
+
+def rounding_graph(typed: ModelProto, kind: Half = FLOAT16) -> ModelProto:
     """A float32 graph that computes what the typed graph computes where halves are real.
 
     Args:
         typed: A graph made by `type_graph`.
+        kind: Its 16-bit type.
 
     Returns:
         The same graph in float32, with a rounding to half and back after every half operation.
     """
     result = ModelProto()
     result.CopyFrom(typed)
+    for item in result.opset_import:
+        if item.domain in ("", "ai.onnx"):
+            item.version = min(item.version, OPSET)  # in float32 it is the graph that was exported
     graph = result.graph
-    half = {tensor.name for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT16}
+    half = {tensor.name for tensor in graph.initializer if tensor.data_type == kind.onnx}
     for tensor in graph.initializer:
         if tensor.name in half:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+            tensor.CopyFrom(numpy_helper.from_array(kind.array(tensor), tensor.name))
     nodes: list[NodeProto] = []
     for source in typed.graph.node:
-        nodes += _rounded(source, half)
+        nodes += _rounded(source, half, kind)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     return result
 
 
-def _rounded(source: NodeProto, half: set[str]) -> list[NodeProto]:
+def _rounded(source: NodeProto, half: set[str], kind: Half) -> list[NodeProto]:
     """A node and the roundings of its half outputs; ``half`` gathers the names of half values."""
     node = NodeProto.FromString(source.SerializeToString())
     makes_half = False
     for attribute in node.attribute:
-        if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT16:
+        if attribute.name in ("to", "dtype") and attribute.i == kind.onnx:
             attribute.i, makes_half = TensorProto.FLOAT, True
-        elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT16:
-            attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float32)))
+        elif attribute.name == "value" and attribute.t.data_type == kind.onnx:
+            attribute.t.CopyFrom(numpy_helper.from_array(kind.array(attribute.t)))
             makes_half = True
     if node.op_type not in ("Cast", "Shape", "Size"):
         makes_half = makes_half or any(name in half for name in node.input)
@@ -65,7 +75,7 @@ def _rounded(source: NodeProto, half: set[str]) -> list[NodeProto]:
             continue
         half.add(name)
         node.output[place] = f"{name}__exact"
-        nodes.append(make_node("Cast", [f"{name}__exact"], [f"{name}__rounded"], to=TensorProto.FLOAT16))
+        nodes.append(make_node("Cast", [f"{name}__exact"], [f"{name}__rounded"], to=kind.onnx))
         nodes.append(make_node("Cast", [f"{name}__rounded"], [name], to=TensorProto.FLOAT))
     return nodes
 
@@ -73,7 +83,7 @@ def _rounded(source: NodeProto, half: set[str]) -> list[NodeProto]:
 _BOOLEAN = frozenset({
     "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal", "IsNaN", "IsInf", "And", "Or", "Not", "Xor",
 })  # fmt: skip
-_INTEGER = frozenset({"ArgMax", "ArgMin", "NonZero", "NonMaxSuppression"})
+_INTEGER = frozenset({"ArgMax", "ArgMin", "NonZero", "NonMaxSuppression", "QuantizeLinear"})
 
 
 def _is_index(node: NodeProto, place: int) -> bool:

@@ -16,7 +16,7 @@ from onnx.helper import make_node, make_tensor_value_info
 
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.parity import compare
-from compressor.exporters.typed_graph import MOVES, float_inputs, float_values
+from compressor.exporters.typed_graph import FLOAT16, MOVES, Half, float_inputs, float_values
 from compressor.runtimes.runtime import Array
 
 __all__ = ["HalfSwitches", "find_inaccurate", "measure_peaks"]
@@ -50,7 +50,11 @@ def measure_peaks(model: ModelProto, records: Sequence[Mapping[str, Array]]) -> 
 
 
 def find_inaccurate(
-    model: ModelProto, keep: Collection[str], records: Sequence[Mapping[str, Array]], target: float
+    model: ModelProto,
+    keep: Collection[str],
+    records: Sequence[Mapping[str, Array]],
+    target: float,
+    kind: Half = FLOAT16,
 ) -> list[str]:
     """Which further operations must stay in float32 for the outputs to hold ``target``.
 
@@ -62,12 +66,13 @@ def find_inaccurate(
         keep: Names of the nodes that are in float32 already.
         records: Inputs to measure on; the two hardest are used.
         target: Largest difference of an output, over its largest absolute value.
+        kind: The 16-bit type.
 
     Returns:
         Names of nodes; all others together were measured to hold the target.
     """
     candidates = [node.name for node in model.graph.node if node.name not in keep and node.op_type not in MOVES]
-    switches = HalfSwitches(model, records)
+    switches = HalfSwitches(model, records, kind)
     switches.choose_hardest(candidates, _RECORDS)
     smallest = max(1, len(candidates) // 256)
     waiting = [(-switches.error(part), part) for part in _cut(candidates, _FIRST_PARTS)]
@@ -94,10 +99,11 @@ class HalfSwitches:
     Args:
         model: A `normalised` graph.
         records: Inputs to measure on.
+        kind: The 16-bit type.
     """
 
-    def __init__(self, model: ModelProto, records: Sequence[Mapping[str, Array]]) -> None:
-        self._model = model
+    def __init__(self, model: ModelProto, records: Sequence[Mapping[str, Array]], kind: Half = FLOAT16) -> None:
+        self._model, self._kind = model, kind
         self._floats = float_values(model.graph)
         self._makers = {name: node for node in model.graph.node for name in node.output}
         self._users = _users(model)
@@ -160,7 +166,7 @@ class HalfSwitches:
         for name in self._values:
             graph.input.append(make_tensor_value_info(f"{name}__switch", TensorProto.BOOL, []))
             if name in roots:
-                graph.node.extend(_switch(name, name, f"{name}__chosen"))
+                graph.node.extend(_switch(name, name, f"{name}__chosen", self._kind))
         for source in self._model.graph.node:
             node = NodeProto.FromString(source.SerializeToString())
             typed = set(float_inputs(source, self._floats))
@@ -174,13 +180,13 @@ class HalfSwitches:
                     graph.node[-1].output[place] = f"{name}__exact"
             for name in source.output:
                 if name in switched:
-                    graph.node.extend(_switch(name, f"{name}__exact", name))
+                    graph.node.extend(_switch(name, f"{name}__exact", name, self._kind))
         return result
 
 
-def _switch(name: str, source: str, result: str) -> list[NodeProto]:
+def _switch(name: str, source: str, result: str, kind: Half) -> list[NodeProto]:
     return [
-        make_node("Cast", [source], [f"{name}__half"], to=TensorProto.FLOAT16),
+        make_node("Cast", [source], [f"{name}__half"], to=kind.onnx),
         make_node("Cast", [f"{name}__half"], [f"{name}__rounded"], to=TensorProto.FLOAT),
         make_node("Where", [f"{name}__switch", f"{name}__rounded", source], [result]),
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compressor.exporters.artifact import Built, Source
 from compressor.exporters.onnx_graph import write_model
+from compressor.exporters.sparse_weights import count_zeros
 from compressor.profiles.target import Target
 from compressor.runtimes.manifest import Engine
 
@@ -20,4 +21,7 @@ def build(source: Source, target: Target, directory: Path) -> Built:
     notes: tuple[str, ...] = ()
     if target.precision == "fp16" and target.device == "cpu":
         notes = ("ONNX Runtime computes most half operations in float32 on a CPU: the file is smaller, not faster.",)
+    zeros = count_zeros(source.plain.load())
+    if zeros.half_zero:
+        notes += (f"{zeros.said}; ONNX Runtime has no kernels for sparse weights: they gain nothing in time.",)
     return Built(path.name, Engine(name="onnxruntime", version="any"), data.name if data.is_file() else None, notes)

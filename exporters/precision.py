@@ -19,7 +19,7 @@ from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.island_search import find_inaccurate, measure_peaks
 from compressor.exporters.layers import layer_of
 from compressor.exporters.parity import TOLERANCES, compare
-from compressor.exporters.typed_graph import HALF_MAX, MOVES, float_inputs, float_values, normalised, type_graph
+from compressor.exporters.typed_graph import FLOAT16, MOVES, Half, float_inputs, float_values, normalised, type_graph
 from compressor.runtimes.manifest import Island
 from compressor.runtimes.runtime import Array
 
@@ -72,7 +72,8 @@ def convert_to_half(
     model: ModelProto,
     records: Sequence[Mapping[str, Array]],
     keep_fp32: Collection[str] = (),
-    tolerance: float = TOLERANCES["fp16"],
+    tolerance: float | None = None,
+    kind: Half = FLOAT16,
 ) -> HalfGraph:
     """Convert a float32 graph to strongly typed halves with float32 islands.
 
@@ -80,41 +81,46 @@ def convert_to_half(
         model: The exported float32 graph.
         records: Inputs that the graph really gets, to measure on.
         keep_fp32: Module paths that must stay in float32.
-        tolerance: Largest difference of an output from the float32 graph's, over its largest absolute value.
+        tolerance: Largest difference of an output from the float32 graph's, over its largest absolute value; the
+            precision's own by default.
+        kind: The 16-bit type.
 
     Raises:
         RequestError: A path of ``keep_fp32`` names no layer of the graph.
         ArtifactError: The typed graph is not valid.
     """
+    tolerance = TOLERANCES[kind.precision] if tolerance is None else tolerance
     plain = normalised(model)
-    reasons = _seeds(plain, keep_fp32)
+    reasons = _seeds(plain, keep_fp32, kind)
     peaks = measure_peaks(plain, records)
-    _add_overflows(plain, peaks, reasons)
+    _add_overflows(plain, peaks, reasons, kind)
     _spread(plain, reasons)
-    typed = type_graph(plain, reasons)
+    typed = type_graph(plain, reasons, kind)
     aim = SAFETY * tolerance
-    while half_error(plain, typed, records) > tolerance:
-        found = find_inaccurate(plain, reasons, records, aim)
+    while half_error(plain, typed, records, kind) > tolerance:
+        found = find_inaccurate(plain, reasons, records, aim, kind)
         reasons.update(dict.fromkeys(found, "accuracy"))
         _spread(plain, reasons)
-        typed = type_graph(plain, reasons)
+        typed = type_graph(plain, reasons, kind)
         if not found:
             break
         aim *= SAFETY  # the search measures on some of the records only
     return HalfGraph(typed, _islands(plain, reasons, peaks), reasons)
 
 
-def half_error(plain: ModelProto, typed: ModelProto, records: Sequence[Mapping[str, Array]]) -> float:
+def half_error(
+    plain: ModelProto, typed: ModelProto, records: Sequence[Mapping[str, Array]], kind: Half = FLOAT16
+) -> float:
     """Largest relative difference between a graph in float32 and its typed form in half arithmetic."""
-    run, judge = Interpreter(plain), Interpreter(rounding_graph(typed))
+    run, judge = Interpreter(plain), Interpreter(rounding_graph(typed, kind))
     errors = [compare(run(record), judge(record), 0.0, JUDGE).relative for record in records]
     return max(errors, default=0.0)
 
 
-def _seeds(model: ModelProto, keep_fp32: Collection[str]) -> dict[str, str]:
+def _seeds(model: ModelProto, keep_fp32: Collection[str], kind: Half) -> dict[str, str]:
     """Nodes that start in float32, with the reason: by kind, asked for, or a constant that no half can hold."""
     floats = float_values(model.graph)
-    fragile = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and _breaks_in_half(t)}
+    fragile = {t.name for t in model.graph.initializer if t.data_type == TensorProto.FLOAT and _breaks_in_half(t, kind)}
     angles = _angles(model)
     wanted = {path: False for path in keep_fp32}
     reasons: dict[str, str] = {}
@@ -152,11 +158,11 @@ def _angles(model: ModelProto) -> set[str]:
     return found
 
 
-def _add_overflows(model: ModelProto, peaks: Mapping[str, float], reasons: dict[str, str]) -> None:
+def _add_overflows(model: ModelProto, peaks: Mapping[str, float], reasons: dict[str, str], kind: Half) -> None:
     """Keep in float32 what makes or reads a value that came near the largest half."""
     for node in model.graph.node:
         touched = max((peaks.get(name, 0.0) for name in (*node.input, *node.output)), default=0.0)
-        if touched > HALF_MAX / MARGIN:
+        if touched > kind.largest / MARGIN:
             reasons.setdefault(node.name, "overflow")
 
 
@@ -191,15 +197,15 @@ def _spread(model: ModelProto, reasons: dict[str, str]) -> None:
             reasons[node.name] = reasons[makers[wide[0]].name]
 
 
-def _breaks_in_half(tensor: TensorProto) -> bool:
+def _breaks_in_half(tensor: TensorProto, kind: Half) -> bool:
     """True for a constant that overflows in half, or a small one (an epsilon) of which a value vanishes."""
     array = np.abs(numpy_helper.to_array(tensor))
     finite = array[np.isfinite(array)]
     if finite.size == 0:
         return False
-    if float(finite.max()) > HALF_MAX:
+    if float(finite.max()) > kind.largest:
         return True
-    return bool(array.size <= 16 and ((finite > 0) & (finite < 6.2e-5)).any())
+    return bool(array.size <= 16 and ((finite > 0) & (finite < kind.smallest)).any())
 
 
 def _islands(model: ModelProto, reasons: Mapping[str, str], peaks: Mapping[str, float]) -> tuple[Island, ...]:

@@ -48,7 +48,10 @@ def record_inputs(
 
 
 class _Recorder:
-    """A `Run` that keeps every k-th input, with k doubled whenever it holds too many."""
+    """A `Run` that keeps every k-th input, with k tripled whenever it holds too many.
+
+    Guidance calls a graph twice a step, so an even k would see one kind of call alone.
+    """
 
     def __init__(self, run: Run, names: tuple[str, ...], limit: int) -> None:
         self.run, self.names, self.limit = run, names, limit
@@ -59,13 +62,15 @@ class _Recorder:
         if self.count % self.stride == 0:
             self.kept.append({name: np.array(inputs[name]) for name in self.names})
             if len(self.kept) > 4 * self.limit:
-                self.kept, self.stride = self.kept[::2], 2 * self.stride
+                self.kept, self.stride = self.kept[::3], 3 * self.stride
         self.count += 1
         return self.run(inputs)
 
     def chosen(self) -> list[dict[str, Array]]:
-        """At most ``limit`` of the kept inputs, first and last among them."""
+        """At most ``limit`` of the kept inputs, one of every stretch of them, first and last among them."""
         if len(self.kept) <= self.limit:
             return self.kept
-        places = np.linspace(0, len(self.kept) - 1, self.limit).round().astype(int)
+        edges = np.linspace(0, len(self.kept), self.limit + 1).round().astype(int)
+        places = np.random.default_rng(0).integers(edges[:-1], edges[1:])  # by chance: even steps can meet a pattern
+        places[0], places[-1] = 0, len(self.kept) - 1
         return [self.kept[place] for place in places]

@@ -6,12 +6,14 @@ compute capability that the target names.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from compressor.errors import ArtifactError, TargetError
 from compressor.exporters.artifact import Built, Source
+from compressor.exporters.sparse_weights import WeightZeros, count_zeros
 from compressor.profiles.target import Target, engine_for
 from compressor.runtimes.gpu import nvidia_gpu
 from compressor.runtimes.manifest import Engine
@@ -43,7 +45,12 @@ def build(source: Source, target: Target, directory: Path) -> Built:
         config.builder_optimization_level = target.options.optimization_level
     if target.options.workspace_mb is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, target.options.workspace_mb * 10**6)
-    config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)  # weights that are 2:4 sparse may use sparse tensor cores
+    zeros = count_zeros(source.plain.load())
+    sparse = target.options.sparse_weights == "on" or (
+        target.options.sparse_weights == "auto" and zeros.two_of_four > 0
+    )
+    if sparse:
+        config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     _add_profile(builder, config, source, target)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -52,7 +59,7 @@ def build(source: Source, target: Target, directory: Path) -> Built:
     path.write_bytes(memoryview(plan))
     ahead = kind == "tensorrt-rtx"
     engine = Engine(name=kind, version=str(trt.__version__), compute_capability=capability, ahead_of_time=ahead)
-    return Built(path.name, engine, notes=_notes(target, kind, capability))
+    return Built(path.name, engine, notes=(*_notes(target, kind, capability), *_sparse_notes(zeros, sparse)))
 
 
 def _set_device(trt: ModuleType, config: Any, kind: str, target: Target) -> str | None:
@@ -72,24 +79,26 @@ def _set_device(trt: ModuleType, config: Any, kind: str, target: Target) -> str 
 
 
 def _add_profile(builder: Any, config: Any, source: Source, target: Target) -> None:
-    """Give every dynamic axis named "batch" the target's sizes."""
+    """Give every free axis the target's sizes."""
     if not any(isinstance(size, str) for spec in source.typed.inputs for size in spec.shape):
         return
     profile, batch = builder.create_optimization_profile(), target.batch
+    sizes = {"batch": (batch.min, batch.opt, batch.max), **target.axes}
     for spec in source.typed.inputs:
-        profile.set_shape(spec.name, *(_sized(spec, size, source.name) for size in (batch.min, batch.opt, batch.max)))
+        profile.set_shape(spec.name, *(_sized(spec, sizes, place, source.name) for place in range(3)))
     if config.add_optimization_profile(profile) < 0:
-        raise TargetError(f"target {target.name}: the batch sizes do not fit graph {source.name!r}")
+        raise TargetError(f"target {target.name}: its sizes do not fit graph {source.name!r}")
 
 
-def _sized(spec: TensorSpec, batch: int, graph: str) -> tuple[int, ...]:
-    other = [size for size in spec.shape if isinstance(size, str) and size != "batch"]
+def _sized(spec: TensorSpec, sizes: Mapping[str, tuple[int, int, int]], place: int, graph: str) -> tuple[int, ...]:
+    """A shape with the smallest, usual or largest size (place 0, 1, 2) of every free axis."""
+    other = [size for size in spec.shape if isinstance(size, str) and size not in sizes]
     if other:
-        raise ArtifactError(
-            f"graph {graph!r}: input {spec.name!r} has the dynamic axis {other[0]!r}; a TensorRT target sizes "
-            'the axis "batch" alone: fix the others in the deployable'
+        raise TargetError(
+            f"graph {graph!r}: input {spec.name!r} has the free axis {other[0]!r}; TensorRT wants its sizes: set "
+            f"axes.{other[0]} = [min, opt, max] in the target"
         )
-    return tuple(batch if isinstance(size, str) else size for size in spec.shape)
+    return tuple(sizes[size][place] if isinstance(size, str) else size for size in spec.shape)
 
 
 def _parser_errors(parser: Any) -> str:
@@ -106,6 +115,17 @@ def _notes(target: Target, kind: str, capability: str | None) -> tuple[str, ...]
         f"Built ahead of time by TensorRT-RTX for compute capability {capability}, because TensorRT is not installed "
         "beside a GPU here; it needs TensorRT-RTX to run.",
     )
+
+
+def _sparse_notes(zeros: WeightZeros, sparse: bool) -> tuple[str, ...]:
+    """What zeros in the weights buy: the builder chooses the tactics itself, by timing on the GPU."""
+    if not zeros.half_zero:
+        return ()
+    if sparse:
+        used = "the engine may use sparse tensor cores (Ampere and newer) where they are faster"
+    else:
+        used = "the engine computes them like all others: only 2:4 has tactics, and options.sparse_weights allows them"
+    return (f"{zeros.said}; {used}.",)
 
 
 def _title(kind: str) -> str:

@@ -1,4 +1,4 @@
-"""Write types into an ONNX graph: halves everywhere but in the operations that must stay in float32.
+"""Write types into an ONNX graph: float16 or bfloat16 everywhere but in the operations that must stay in float32.
 
 The result is strongly typed: each value has the type that it is computed in, casts stand at the borders of the float32
 islands alone, one a value and direction. Inputs and outputs of the graph stay float32, so a driver need not know.
@@ -7,6 +7,7 @@ islands alone, one a value and direction. Inputs and outputs of the graph stay f
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -16,10 +17,53 @@ from onnx.helper import make_attribute, make_node
 from compressor.errors import ArtifactError
 from compressor.runtimes.runtime import Array
 
-__all__ = ["HALF_MAX", "MOVES", "float_inputs", "float_values", "normalised", "type_graph"]
+__all__ = [
+    "BFLOAT16", "FLOAT16", "HALVES", "MOVES", "Half", "float_inputs", "float_values", "normalised", "type_graph",
+]  # fmt: skip
 
-HALF_MAX = 65504.0
-"""Largest finite half."""
+
+@dataclass(frozen=True)
+class Half:
+    """A 16-bit type.
+
+    Attributes:
+        precision: "fp16" or "bf16".
+        title: As numpy and the manifest call it.
+        onnx: ONNX's number of it.
+        largest: Largest finite value.
+        smallest: Smallest positive value with all its digits.
+    """
+
+    precision: str
+    title: str
+    onnx: int
+    largest: float
+    smallest: float
+
+    def tensor(self, array: Array, name: str = "") -> TensorProto:
+        """A float32 array as a tensor of this type, rounded to the nearest, to even between two."""
+        if self.onnx == TensorProto.FLOAT16:
+            with np.errstate(over="ignore"):  # overflows are for the judge to find
+                return numpy_helper.from_array(array.astype(np.float16), name)
+        bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        rounded = np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
+        made = TensorProto(name=name, data_type=self.onnx, raw_data=rounded.tobytes())
+        made.dims.extend(array.shape)
+        return made
+
+    def array(self, tensor: TensorProto) -> Array:
+        """A tensor of this type as float32."""
+        if self.onnx == TensorProto.FLOAT16:
+            return numpy_helper.to_array(tensor).astype(np.float32)
+        bits = np.frombuffer(tensor.raw_data, np.uint16).astype(np.uint32) << np.uint32(16)
+        return bits.view(np.float32).reshape(tuple(tensor.dims))
+
+
+FLOAT16 = Half("fp16", "float16", TensorProto.FLOAT16, 65504.0, 2.0**-14)
+BFLOAT16 = Half("bf16", "bfloat16", TensorProto.BFLOAT16, 3.3895314e38, 2.0**-126)
+HALVES = {"fp16": FLOAT16, "bf16": BFLOAT16}
+"""The 16-bit types by precision."""
 
 MOVES = frozenset({
     "Reshape", "Transpose", "Slice", "Concat", "Split", "Squeeze", "Unsqueeze", "Expand", "Gather",
@@ -27,6 +71,8 @@ MOVES = frozenset({
 })  # fmt: skip
 """Operations that move values and compute nothing: as exact in halves as in float32."""
 
+_BFLOAT16_OPSET = 22
+"""First opset in which convolutions and pools take bfloat16."""
 _ANY_INPUT = frozenset({"Cast", "Shape", "Size", "CastLike"})
 """Operations that take floats of any type, so that no cast is needed before them."""
 _FIXED_FLOAT_INPUTS = {"Resize": (1, 2)}
@@ -70,17 +116,20 @@ def float_inputs(node: NodeProto, floats: Collection[str]) -> list[str]:
     return [name for place, name in enumerate(node.input) if name in floats and place not in fixed]
 
 
-def type_graph(model: ModelProto, keep: Collection[str]) -> ModelProto:
+def type_graph(model: ModelProto, keep: Collection[str], kind: Half = FLOAT16) -> ModelProto:
     """The strongly typed half-precision form of a float32 graph.
 
     Args:
         model: A `normalised` graph.
         keep: Names of the nodes that stay in float32.
+        kind: The 16-bit type.
 
     Raises:
         ArtifactError: A value's type is unknown, or the typed graph is not valid.
     """
-    typed = _Typing(model, frozenset(keep)).run()
+    typed = _Typing(model, frozenset(keep), kind).run()
+    if kind is BFLOAT16:
+        _set_opset(typed, _BFLOAT16_OPSET)
     try:
         onnx.checker.check_model(typed, full_check=True)
     except Exception as error:  # checker and inference raise their own types
@@ -91,8 +140,8 @@ def type_graph(model: ModelProto, keep: Collection[str]) -> ModelProto:
 class _Typing:
     """One pass over the nodes in order; casts are put in before their first use."""
 
-    def __init__(self, model: ModelProto, keep: frozenset[str]) -> None:
-        self.model, self.keep = model, keep
+    def __init__(self, model: ModelProto, keep: frozenset[str], kind: Half) -> None:
+        self.model, self.keep, self.kind = model, keep, kind
         self.graph = model.graph
         self.floats = float_values(self.graph)
         self.constants = {t.name: t for t in self.graph.initializer if t.data_type == TensorProto.FLOAT}
@@ -130,7 +179,7 @@ class _Typing:
                 node.input[place] = self.casts.get((name, True), name) if name in self.half else name
         after = []
         if in_half and any(name in self.floats for name in node.output):
-            _make_half(node)
+            _make_half(node, self.kind)
             for place, name in enumerate(node.output):
                 if name not in self.floats:
                     continue
@@ -153,24 +202,31 @@ class _Typing:
         made = f"{name}_half" if half else f"{name}_float"
         self.casts[name, half] = made
         if name in self.constants:
-            with np.errstate(over="ignore"):  # overflows are for the judge to find
-                array = numpy_helper.to_array(self.constants[name]).astype(np.float16)
-            self.made.append(numpy_helper.from_array(array, made))
+            self.made.append(self.kind.tensor(numpy_helper.to_array(self.constants[name]), made))
         else:
-            kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
+            kind = self.kind.onnx if half else TensorProto.FLOAT
             self.nodes.append(make_node("Cast", [name], [made], f"{made}_cast", to=kind))
         return made
 
 
-def _make_half(node: NodeProto) -> None:
+def _set_opset(model: ModelProto, version: int) -> None:
+    """Read the graph by a later opset, which only adds types to the operators that are in use."""
+    for item in model.opset_import:
+        if item.domain in ("", "ai.onnx") and item.version < version:
+            if any(node.op_type == "GroupNormalization" for node in model.graph.node):
+                raise ArtifactError("GroupNormalization means something else in the opset that has bfloat16: use fp16")
+            item.version = version
+
+
+def _make_half(node: NodeProto, kind: Half) -> None:
     """Set the attributes that say the type of a node's result."""
     if node.op_type == "ConstantOfShape" and not node.attribute:
-        node.attribute.append(make_attribute("value", numpy_helper.from_array(np.zeros(1, np.float16))))
+        node.attribute.append(make_attribute("value", kind.tensor(np.zeros(1, np.float32))))
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
-            attribute.i = TensorProto.FLOAT16
+            attribute.i = kind.onnx
         elif attribute.name == "value" and attribute.t.data_type == TensorProto.FLOAT:
-            attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(np.float16)))
+            attribute.t.CopyFrom(kind.tensor(numpy_helper.to_array(attribute.t)))
 
 
 def _constant(node: NodeProto) -> TensorProto | None:

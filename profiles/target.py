@@ -23,6 +23,7 @@ from compressor.runtimes.gpu import RTX_CAPABILITIES, nvidia_gpu
 __all__ = [
     "Availability",
     "Batch",
+    "Calibration",
     "Options",
     "Target",
     "availability",
@@ -32,9 +33,22 @@ __all__ = [
     "with_overrides",
 ]
 
-RUNTIMES = ("onnxruntime", "openvino", "tensorrt", "tensorrt-rtx", "torch")
-EXPORTED = ("fp32", "fp16")
-"""Precisions that the exporters make."""
+PRECISIONS: Mapping[str, tuple[str, ...]] = {
+    "onnxruntime": ("fp32", "fp16", "int8"),
+    "openvino": ("fp32", "fp16", "int8"),
+    "tensorrt": ("fp32", "fp16", "bf16", "int8", "fp8"),
+    "tensorrt-rtx": ("fp32", "fp16", "bf16", "int8", "fp8"),
+    "torch": ("fp32", "fp16"),
+    "torch-compile": ("fp32", "fp16"),
+    "torch-tensorrt": ("fp32", "fp16"),
+}
+"""What the exporters make for each runtime."""
+RUNTIMES = tuple(PRECISIONS)
+QUANTIZED = ("int8", "fp8")
+"""Precisions that need calibration."""
+FIRST_CAPABILITY = {"bf16": "8.0", "fp8": "8.9"}
+"""First compute capability that has a precision's arithmetic."""
+_EXTRAS = {"nncf": "openvino", "onnxruntime": "ort"}
 _FOLDER = Path(__file__).parent / "targets"
 _GROUP = "compressor.targets"
 
@@ -67,6 +81,29 @@ class Batch(_Section):
         return self
 
 
+class Calibration(_Section):
+    """How an 8-bit graph gets its ranges, and how much it may cost."""
+
+    samples: int = Field(default=256, ge=1)
+    """Samples of the training data that the driver runs while each graph's inputs are recorded."""
+    method: Literal["minmax", "entropy", "percentile"] = "minmax"
+    """Range of an activation: all that was seen, the range that loses the least information, or a percentile."""
+    percentile: float = Field(default=99.99, gt=50, le=100)
+    """The percentile, in percent of the recorded values."""
+    per_channel: bool = True
+    """One scale for each output channel of a weight; fp8 has one a weight."""
+    weight_bits: Literal[7, 8] = 8
+    """Bits of ONNX Runtime's weights: with 8, products saturate on x86 CPUs without VNNI."""
+    max_drop: float = Field(default=0.01, ge=0)
+    """Largest loss of the task's headline figures: 0.01 is a point of a share (accuracy), a hundredth of other ones."""
+    max_error: float = Field(default=0.1, gt=0)
+    """Largest root-mean-square difference of an output over its root mean square, where the task gives no figure."""
+    judged_samples: int = Field(default=500, ge=10)
+    """Samples of the validation data that the figures are taken on while operators are chosen."""
+    seconds: float = Field(default=300.0, gt=0)
+    """Time for ranking the operators of a graph that lost too much; those not reached by then count as harmless."""
+
+
 class Options(_Section):
     """What the engine is told when it builds and loads the graph."""
 
@@ -84,6 +121,9 @@ class Options(_Section):
     """TensorRT's builder optimisation level; None is its default (3)."""
     workspace_mb: int | None = Field(default=None, ge=1)
     """Limit of TensorRT's scratch memory while it builds, in MB; None is no limit."""
+    sparse_weights: Literal["auto", "on", "off"] = "auto"
+    """Use of zeros in the weights. TensorRT's 2:4 tactics: auto allows them where weights are 2:4. OpenVINO's sparse
+    decompression: only with on; try it well, OpenVINO 2026.4 crashes with it on small layers."""
 
 
 class Target(_Section):
@@ -94,15 +134,23 @@ class Target(_Section):
     description: str = ""
     """One line for `compress targets`."""
     runtime: str
-    """Engine: onnxruntime, openvino, tensorrt, tensorrt-rtx or torch (no artifact: the student itself is measured)."""
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
-    """Element type of the graph. fp16 is strongly typed with float32 islands; inputs and outputs stay float32."""
+    """Engine: onnxruntime, openvino, tensorrt, tensorrt-rtx; or torch, torch-compile, torch-tensorrt, which have no
+    artifact: the student itself is measured."""
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = "fp32"
+    """Element type: fp32, fp16 and bf16 are the graph's, strongly typed with float32 islands; int8, fp8 its products'.
+    Inputs and outputs stay float32."""
+    rest: Literal["fp32", "fp16"] = "fp32"
+    """Element type of what an int8 or fp8 graph does not quantise; fp16 for TensorRT alone."""
     device: str = "cpu"
     """Where it runs: cpu, cuda, cuda:N; for OpenVINO also gpu, npu, auto."""
     compute_capability: str | None = None
     """GPU that an engine is built for when it is built without one, e.g. "8.9"; None is the GPU of this machine."""
     batch: Batch = Field(default_factory=Batch)
     """Batch sizes."""
+    axes: dict[str, tuple[int, int, int]] = Field(default_factory=dict)
+    """Sizes of other free axes by name (height, width): smallest, tuned for, largest. TensorRT has to be told."""
+    calibration: Calibration = Field(default_factory=Calibration)
+    """Ranges of 8-bit graphs."""
     options: Options = Field(default_factory=Options)
     """Engine options."""
 
@@ -120,10 +168,31 @@ class Target(_Section):
             raise ValueError(f'must look like "8.9", got {value!r}')
         return value
 
+    @field_validator("axes")
+    @classmethod
+    def _ordered_axes(cls, value: dict[str, tuple[int, int, int]]) -> dict[str, tuple[int, int, int]]:
+        for name, (low, middle, high) in value.items():
+            if name == "batch":
+                raise ValueError("the axis batch has its own section: set batch.min, batch.opt and batch.max")
+            if not 1 <= low <= middle <= high:
+                raise ValueError(f"axis {name} needs 1 <= min <= opt <= max, got {low}, {middle}, {high}")
+        return value
+
+    @model_validator(mode="after")
+    def _half_rest_is_typed(self) -> Target:
+        if self.rest == "fp16" and not (self.quantized and self.runtime.startswith("tensorrt")):
+            raise ValueError('rest = "fp16" is for int8 and fp8 graphs of TensorRT and TensorRT-RTX')
+        return self
+
+    @property
+    def quantized(self) -> bool:
+        """Whether its graphs need calibration."""
+        return self.precision in QUANTIZED
+
     @property
     def has_artifact(self) -> bool:
-        """False for the torch runtime: there is nothing to export, the student itself is what runs."""
-        return self.runtime != "torch"
+        """False for PyTorch's runtimes: there is nothing to export, the student itself is what runs."""
+        return not self.runtime.startswith("torch")
 
 
 @dataclass(frozen=True)
@@ -197,17 +266,20 @@ def with_overrides(target: Target, overrides: Mapping[str, Any]) -> Target:
 
 def availability(target: Target) -> Availability:
     """Say whether ``target`` can be built and run here, and if not, why and what to install."""
-    if target.runtime == "torch":
-        return _torch(target)
-    if target.precision not in EXPORTED:
-        reason = f"no export to {target.precision} yet: use {' or '.join(EXPORTED)}"
+    made = PRECISIONS[target.runtime]
+    if target.precision not in made:
+        reason = f"{target.runtime} gets no {target.precision}: use {' or '.join(made)}"
         return Availability(False, False, reason, engine=engine_for(target))
+    if not target.has_artifact:
+        return _torch(target)
     check = {"onnxruntime": _onnxruntime, "openvino": _openvino}.get(target.runtime, _tensorrt)
     found = check(target)
-    missing = [name for name in ("torch", "onnx", "onnxscript") if not _installed(name)]
-    if missing and found.can_build:
-        reason = f"building needs {', '.join(missing)}"
-        return Availability(False, found.can_run, reason, "pip install 'compressor[train]'", found.engine)
+    quantizer = {"openvino": "nncf"}.get(target.runtime, "onnxruntime") if target.quantized else None
+    for extra, names in (("train", ("torch", "onnx", "onnxscript")), (_EXTRAS.get(quantizer or ""), (quantizer,))):
+        missing = [name for name in names if name and not _installed(name)]
+        if missing and found.can_build:
+            reason = f"building needs {', '.join(missing)}"
+            return Availability(False, found.can_run, reason, f"pip install 'compressor[{extra}]'", found.engine)
     return found
 
 
@@ -260,6 +332,13 @@ def _openvino(target: Target) -> Availability:
 
 def _tensorrt(target: Target) -> Availability:
     engine, gpu = engine_for(target), nvidia_gpu()
+    built_for = target.compute_capability or (gpu.compute_capability if gpu is not None else None)
+    first = FIRST_CAPABILITY.get(target.precision)
+    if engine == "tensorrt" and gpu is not None:
+        built_for = gpu.compute_capability
+    if first is not None and built_for is not None and _number(built_for) < _number(first):
+        reason = f"{target.precision} needs compute capability {first} or newer, this is for {built_for}: use fp16"
+        return Availability(False, False, reason, engine=engine)
     if engine == "tensorrt":
         if not _installed("tensorrt"):
             reason = "TensorRT is not installed" + (" and neither is TensorRT-RTX" if gpu is None else "")
@@ -294,12 +373,21 @@ def _tensorrt_rtx(target: Target) -> Availability:
     return Availability(True, True, built if instead else "", "", engine)
 
 
+def _number(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
+
+
 def _torch(target: Target) -> Availability:
+    engine = target.runtime
     if not _installed("torch"):
-        return Availability(False, False, "torch is not installed", "pip install 'compressor[train]'", "torch")
-    if target.device.startswith("cuda") and nvidia_gpu() is None:
-        return Availability(False, False, "no NVIDIA GPU is visible", "", "torch")
-    return Availability(True, True, engine="torch")
+        return Availability(False, False, "torch is not installed", "pip install 'compressor[train]'", engine)
+    on_gpu = target.device.startswith("cuda") or engine == "torch-tensorrt"
+    if on_gpu and nvidia_gpu() is None:
+        return Availability(False, False, "no NVIDIA GPU is visible", "", engine)
+    if engine == "torch-tensorrt" and not _installed("torch_tensorrt"):
+        hint = "pip install 'compressor[torch-tensorrt]'"
+        return Availability(False, False, "Torch-TensorRT is not installed", hint, engine)
+    return Availability(True, True, engine=engine)
 
 
 def _installed(module: str) -> bool:
@@ -334,7 +422,7 @@ def _validated(values: Mapping[str, Any], where: str) -> Target:
 
 def _keys() -> list[str]:
     keys = list(Target.model_fields)
-    for section, model in (("batch", Batch), ("options", Options)):
+    for section, model in (("batch", Batch), ("calibration", Calibration), ("options", Options)):
         keys += [f"{section}.{name}" for name in model.model_fields]
     return keys
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from compressor.deployable import Deployable, DriverSpec, Graph
 from compressor.errors import ArtifactError, RequestError, TargetError
 from compressor.exporters.export import export
-from compressor.exporters.half_arithmetic import JUDGE
+from compressor.exporters.half_arithmetic import judge_of
+from compressor.exporters.typed_graph import FLOAT16
 from compressor.profiles.target import load_target, with_overrides
 from compressor.runtimes.load import load_graphs
 from compressor.runtimes.manifest import read_assets, read_manifest
@@ -49,7 +50,7 @@ def test_artifact_holds_its_tolerance_at_other_batch_sizes(models, graphs, tmp_p
     assert all(spec.dtype in ("float32", "int64") for spec in (*entry.inputs, *entry.outputs))
     if target == "trt-fp16":
         assert manifest.engine.name == "tensorrt-rtx" and manifest.engine.compute_capability == "8.9"
-        assert entry.parity[0].judged_by == JUDGE and not manifest.runnable_here
+        assert entry.parity[0].judged_by == judge_of(FLOAT16) and not manifest.runnable_here
         return
     run = load_graphs(tmp_path / "artifact", manifest, {"threads": 1})[name]
     rows = [1, 0, 1, 1, 0]
@@ -66,7 +67,7 @@ def test_half_artifact_is_half_the_size_and_names_its_islands(models, graphs, tm
     half = export(models("vit"), load_target("ort-fp16"), tmp_path / "fp16", cache=graphs).graphs["classifier"]
     assert half.bytes < 0.65 * plain.bytes
     assert {"LayerNormalization", "Softmax"} <= {name for island in half.fp32_islands for name in island.operations}
-    assert [parity.judged_by for parity in half.parity] == [JUDGE, "onnxruntime on cpu"]
+    assert [parity.judged_by for parity in half.parity] == [judge_of(FLOAT16), "onnxruntime on cpu"]
     assert plain.fp32_islands == ()
 
 

@@ -37,7 +37,7 @@ def test_records_are_spread_over_all_calls():
     records = record_inputs(deployable(Doubles()), calls(500), limit=10)["classifier"]
     places = [record["image"].ravel()[0] * 0.25 + 0.5 for record in records]
     assert len(places) == 10 and places == sorted(places)
-    assert places[0] == 0 and places[-1] > 0.95 and max(np.diff(places)) < 0.15
+    assert places[0] == 0 and places[-1] > 0.95 and max(np.diff(places)) < 0.2
 
 
 def test_recording_keeps_the_training_mode_of_every_part():
@@ -45,3 +45,10 @@ def test_recording_keeps_the_training_mode_of_every_part():
     module.train().frozen.eval()
     record_inputs(deployable(module), calls(2))
     assert module.training and not module.frozen.training
+
+
+def test_calls_of_a_pattern_are_all_among_the_records():
+    values = [{"image": np.full((1, 1, 1, 2), number % 2, np.float32)} for number in range(320)]
+    records = record_inputs(deployable(Doubles()), values, limit=16)["classifier"]
+    seen = [bool(record["image"].ravel()[0] > 0) for record in records]
+    assert 4 <= sum(seen) <= 12, "guidance calls a graph twice a step: both kinds are needed"

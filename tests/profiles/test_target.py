@@ -174,3 +174,34 @@ def test_targets_are_read_without_torch_or_an_engine():
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_every_precision_of_a_runtime_is_said_when_another_is_asked_for():
+    found = availability(with_overrides(load_target("ort-fp32"), {"precision": "bf16"}))
+    assert not found.can_build and "onnxruntime gets no bf16: use fp32 or fp16 or int8" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('runtime = "onnxruntime"\nprecision = "int8"\nrest = "fp16"', 'rest = "fp16" is for int8 and fp8 graphs of'),
+        ('runtime = "tensorrt"\n[axes]\nbatch = [1, 2, 3]', "axis batch has its own section"),
+        ('runtime = "tensorrt"\n[axes]\nwidth = [8, 4, 16]', "axis width needs 1 <= min <= opt <= max, got 8, 4, 16"),
+        (
+            'runtime = "tensorrt"\n[calibration]\nmetod = "entropy"',
+            "no key 'calibration.metod': did you mean calibration.method",
+        ),
+    ],
+)
+def test_keys_of_eight_bits_and_axes_are_checked(tmp_path, text, said):
+    (tmp_path / "own.toml").write_text(text)
+    with pytest.raises(RequestError, match=said):
+        load_target(tmp_path / "own.toml")
+
+
+@NO_GPU
+def test_compiled_halves_and_torch_tensorrt_say_that_a_gpu_is_missing():
+    for name in ("torch-compile-fp16", "torch-trt-fp16"):
+        found = availability(load_target(name))
+        assert not found.can_run and found.reason == "no NVIDIA GPU is visible" and not load_target(name).has_artifact
+    assert availability(load_target("torch-compile-fp32")).can_run
