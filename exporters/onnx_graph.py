@@ -20,6 +20,7 @@ from compressor.errors import ArtifactError, CompressorError, RequestError
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.layers import LAYER_KEY
 from compressor.exporters.parity import TOLERANCES, compare
+from compressor.exporters.torchscript_route import ROUTE_KEY, TORCHSCRIPT, other_values, trace_torchscript
 from compressor.runtimes.runtime import Array, TensorSpec
 
 if TYPE_CHECKING:
@@ -43,12 +44,14 @@ class OnnxGraph:
         inputs: Inputs, a string in a shape names a dynamic axis.
         outputs: Outputs, likewise.
         opset: ONNX opset.
+        route: Exporter that made it: "torch.export", or "torchscript" where that could not.
     """
 
     path: Path
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     opset: int = OPSET
+    route: str = "torch.export"
 
     @classmethod
     def read(cls, path: Path) -> OnnxGraph:
@@ -58,7 +61,8 @@ class OnnxGraph:
         model = onnx.load(str(path), load_external_data=False)
         opset = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
         inputs, outputs = _specs(model.graph.input), _specs(model.graph.output)
-        return cls(path, inputs, outputs, opset)
+        route = next((item.value for item in model.metadata_props if item.key == ROUTE_KEY), cls.route)
+        return cls(path, inputs, outputs, opset, route)
 
     @property
     def data_path(self) -> Path | None:
@@ -112,18 +116,15 @@ def evaluation_form(graph: Graph) -> Iterator[Graph]:
 
     The module itself is used where that changes nothing but its mode, which is restored; otherwise a copy.
     """
-    import torch
     from torch.nn.utils import parametrize
 
     module = graph.module
     tensors = [*module.parameters(), *module.buffers()]
-    foreign = any(
-        tensor.device.type != "cpu" or tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
-        for tensor in tensors
-    )
+    foreign = any(tensor.device.type != "cpu" or _single_precision(tensor) != tensor.dtype for tensor in tensors)
     parametrized = [part for part in module.modules() if parametrize.is_parametrized(part)]
     if foreign or parametrized:
-        module = copy.deepcopy(module).to("cpu", torch.float32)
+        # Module.to would make complex tables real
+        module = copy.deepcopy(module)._apply(lambda tensor: tensor.to("cpu", _single_precision(tensor)))
         for part in list(module.modules()):
             if parametrize.is_parametrized(part):
                 for tensor_name in list(part.parametrizations):  # type: ignore[arg-type]
@@ -134,11 +135,21 @@ def evaluation_form(graph: Graph) -> Iterator[Graph]:
         for key, value in graph.inputs.items()
     }
     try:
-        module.eval()
+        for part, _ in modes:
+            part.training = False  # some modules ignore eval()
         yield Graph(module, inputs, graph.outputs, graph.dynamic, graph.keep_fp32)
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _single_precision(tensor: Any) -> Any:
+    """The 32-bit type of a tensor's numbers, real or complex; whole numbers keep theirs."""
+    import torch
+
+    if tensor.is_complex():
+        return torch.complex64
+    return torch.float32 if tensor.is_floating_point() else tensor.dtype
 
 
 def module_outputs(graph: Graph, inputs: Mapping[str, Array], name: str = "graph") -> dict[str, Array]:
@@ -188,27 +199,47 @@ def _check_example(graph: Graph, name: str) -> None:
                     f"graph {name!r}: the example of {key!r} has size {shape[axis]} on its dynamic axis {label!r}; "
                     "give at least 2"
                 )
+    example = {key: value.numpy() for key, value in graph.inputs.items()}
     try:
-        module_outputs(graph, {key: value.numpy() for key, value in graph.inputs.items()}, name)
+        first, second = (module_outputs(graph, example, name) for _ in range(2))
     except CompressorError:
         raise
     except Exception as error:  # user code
         raise RequestError(f"graph {name!r} does not run on its example inputs: {_first_line(error)}") from error
+    if any(first[key].shape != value.shape or _unlike(first[key], value) for key, value in second.items()):
+        raise RequestError(
+            f"graph {name!r} gives other outputs for the same inputs each time: dropout that is on in evaluation "
+            "(F.dropout without training=self.training) or noise drawn inside; make noise an input of the graph"
+        )
+
+
+def _unlike(first: Array, second: Array) -> bool:
+    """True for a difference that no order of summation explains."""
+    return not compare({"": first}, {"": second}, TOLERANCES["fp32"], "").relative <= TOLERANCES["fp32"]
 
 
 def _convert(graph: Graph, name: str) -> ModelProto:
     import torch
 
+    from compressor.exporters.complex_values import in_real_pairs
     from compressor.exporters.simplify import simplify
-    from compressor.exporters.traced_program import fold_constants, free_lengths, has_complex_values, repair_squeezes
+    from compressor.exporters.traced_program import (
+        fold_constants,
+        free_lengths,
+        has_complex_values,
+        repair_attention,
+        repair_squeezes,
+    )
 
     try:
         with free_lengths(graph.module):
             program = _trace(graph.module, graph)
-        with_complex = has_complex_values(program)
-        if with_complex:
-            program = _trace(fold_constants(program), graph)
+        if has_complex_values(program):
+            folded = fold_constants(program)
+            in_real_pairs(folded)
+            program = _trace(folded, graph)
         repair_squeezes(program)
+        repair_attention(program)
         result = torch.onnx.export(
             program,
             dynamo=True,
@@ -222,8 +253,22 @@ def _convert(graph: Graph, name: str) -> ModelProto:
     except CompressorError:
         raise
     except Exception as error:  # torch raises many types
-        raise ArtifactError(f"graph {name!r} cannot be exported to ONNX: {_explain(error)}") from error
+        traced = _traced(graph) if _depends_on_values(error) else None
+        if traced is None:
+            raise ArtifactError(f"graph {name!r} cannot be exported to ONNX: {_explain(error)}") from error
+        return traced
     return _cleaned(result.model_proto)  # type: ignore[union-attr]
+
+
+def _traced(graph: Graph) -> ModelProto | None:
+    """The graph by the second route; None where that fails too: the first one's reason is the better one."""
+    try:
+        model = _cleaned(trace_torchscript(graph, OPSET))
+    except Exception:  # torch raises many types
+        return None
+    entry = model.metadata_props.add()
+    entry.key, entry.value = ROUTE_KEY, TORCHSCRIPT
+    return model
 
 
 def _trace(module: nn.Module, graph: Graph) -> Any:
@@ -285,7 +330,10 @@ def _name_axes(model: ModelProto, graph: Graph) -> None:
 
 
 def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
-    """Compare with the module at the example's sizes, at 1 and at other sizes of every dynamic axis."""
+    """Compare with the module at the example's sizes, at 1 and at other sizes of every dynamic axis.
+
+    A graph that was traced may have fixed a branch that other values do not take, so those are tried too.
+    """
     run = Interpreter(exported.path)
     example = {key: value.numpy() for key, value in graph.inputs.items()}
     labels = sorted({label for axes in graph.dynamic.values() for label in axes.values()})
@@ -314,6 +362,22 @@ def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
                 f"graph {name!r}: output {parity.output!r} of the exported graph differs from the module's by "
                 f"{parity.relative:.1e} of its scale{where} (allowed: {parity.tolerance:.0e})"
             )
+    if exported.route == TORCHSCRIPT:
+        _verify_values(run, graph, example, name)
+
+
+def _verify_values(run: Interpreter, graph: Graph, example: Mapping[str, Array], name: str) -> None:
+    for inputs in other_values(example):
+        expected = module_outputs(graph, inputs)
+        try:
+            parity = compare(expected, run(inputs), TOLERANCES["fp32"], run.name)
+        except ArtifactError as error:
+            raise ArtifactError(f"graph {name!r} holds for its example alone: with other values {error}") from error
+        if not parity.relative <= parity.tolerance:
+            raise ArtifactError(
+                f"graph {name!r} holds for its example alone: with other values output {parity.output!r} differs by "
+                f"{parity.relative:.1e} of its scale; a branch of the module depends on values: use torch.where"
+            )
 
 
 def _resized(
@@ -340,11 +404,26 @@ def _specs(values: Any) -> tuple[TensorSpec, ...]:
     return tuple(specs)
 
 
-def _explain(error: BaseException) -> str:
-    """One line for the deepest cause that says something to a person."""
+def _causes(error: BaseException) -> list[BaseException]:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
         causes.append(cause)
+    return causes
+
+
+def _fixes_a_size(error: BaseException) -> bool:
+    """True where the module computes with a number in place of a size that was declared dynamic."""
+    return any("specializ" in str(item) or "Constraints violated" in str(item) for item in _causes(error))
+
+
+def _depends_on_values(error: BaseException) -> bool:
+    """True where torch.export had to decide something that only the values of a tensor tell."""
+    return any("data-dependent" in str(item) or "DataDependent" in type(item).__name__ for item in _causes(error))
+
+
+def _explain(error: BaseException) -> str:
+    """One line for the deepest cause that says something to a person."""
+    causes = _causes(error)
     for item in causes:
         text = str(item)
         if "No ONNX function found for" in text:
@@ -355,13 +434,13 @@ def _explain(error: BaseException) -> str:
                     "or register one in compressor.exporters.replacements"
                 )
             return f"ONNX has no translation of {operator}: leave it out of the graph's module"
-        if "specializ" in text or "Constraints violated" in text:
+        if _fixes_a_size(item):
             axis = re.search(r"L\['(\w+)'\]\.size\(\)\[(\d+)\]", text)
             which = f"axis {axis[2]} of input {axis[1]!r}" if axis else "an axis"
             return (
                 f"{which} is declared dynamic, but the module fixes its size: compute with x.shape, not with a number"
             )
-    return _first_line(causes[0])
+    return _first_line(causes[-1] if "Failed to convert the exported program" in str(error) else error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -377,7 +456,8 @@ def _quiet() -> Iterator[None]:
     try:
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        silent = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(silent), contextlib.redirect_stderr(silent):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["fold_constants", "free_lengths", "has_complex_values", "repair_squeezes"]
+__all__ = ["fold_constants", "free_lengths", "has_complex_values", "repair_attention", "repair_squeezes"]
 
 
 @contextlib.contextmanager
@@ -49,6 +49,38 @@ def repair_squeezes(program: torch.export.ExportedProgram) -> None:
         if isinstance(size, int) and size != 1:
             node.target, node.args = torch.ops.aten.clone.default, node.args[:1]
     program.graph_module.recompile()
+
+
+def repair_attention(program: torch.export.ExportedProgram) -> None:
+    """Give attention without an axis of heads one of size 1, in place: the exporter knows no other."""
+    for node in list(program.graph.nodes):
+        if node.target is not torch.ops.aten.scaled_dot_product_attention.default or _rank(node.args[0]) != 3:
+            continue
+        with program.graph.inserting_before(node):
+            parts = [
+                _call(program.graph, torch.ops.aten.unsqueeze.default, part, 1) if _rank(part) == 3 else part
+                for part in node.args
+            ]
+            kwargs = dict(node.kwargs)
+            if _rank(kwargs.get("attn_mask")) == 3:
+                kwargs["attn_mask"] = _call(program.graph, torch.ops.aten.unsqueeze.default, kwargs["attn_mask"], 1)
+            attended = program.graph.call_function(node.target, tuple(parts), kwargs)
+            attended.meta["val"] = node.meta["val"].unsqueeze(1)
+        # the node itself becomes the last one: outputs of a program are known by their names
+        node.target, node.args, node.kwargs = torch.ops.aten.squeeze.dim, (attended, 1), {}
+    program.graph_module.recompile()
+
+
+def _rank(value: Any) -> int:
+    found = value.meta.get("val") if isinstance(value, fx.Node) else None
+    return found.dim() if isinstance(found, Tensor) else -1
+
+
+def _call(graph: fx.Graph, target: Any, node: fx.Node, axis: int) -> fx.Node:
+    """Call an operation on a value and an axis; the result knows its value, as every node of a program does."""
+    made = graph.call_function(target, (node, axis))
+    made.meta["val"] = target(node.meta["val"], axis)
+    return made
 
 
 def has_complex_values(program: torch.export.ExportedProgram) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ from compressor.runtimes.graph_inputs import check_inputs
 from compressor.runtimes.runtime import Array, TensorSpec
 
 __all__ = ["OpenVino"]
+
+_IR_VERSION = 11
+"""The newest version of the file format that is known here."""
 
 
 class OpenVino:
@@ -46,9 +50,11 @@ class OpenVino:
             self._model = core.compile_model(model, device, properties)
             self._request = self._model.create_infer_request()
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
-            raise TargetError(f"OpenVINO cannot load {path} on {device}: {_reason(error)}") from error
-        self.inputs = tuple(_spec(port, number) for number, port in enumerate(self._model.inputs))
-        self.outputs = tuple(_spec(port, number) for number, port in enumerate(self._model.outputs))
+            reason = _too_new(Path(path), openvino.__version__) or _reason(error)
+            raise TargetError(f"OpenVINO cannot load {path} on {device}: {reason}") from error
+        # names are the file's: compiling may merge an output with the tensor that it is a copy of
+        self.inputs = _specs(model.inputs, self._model.inputs)
+        self.outputs = _specs(model.outputs, self._model.outputs)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         ready = check_inputs(self.inputs, inputs)
@@ -69,14 +75,30 @@ class OpenVino:
         self._request = self._model = None
 
 
-def _spec(port: Any, number: int) -> TensorSpec:
+def _specs(named: Sequence[Any], compiled: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    pairs = zip(named, compiled, strict=True)
+    return tuple(_spec(source, port, number) for number, (source, port) in enumerate(pairs))
+
+
+def _spec(named: Any, port: Any, number: int) -> TensorSpec:
     shape = port.get_partial_shape()
     sizes = tuple(
         ("batch" if axis == 0 else f"axis{axis}") if size.is_dynamic else size.get_length()
         for axis, size in enumerate(shape)
     )
-    name = port.get_any_name() if port.get_names() else f"port{number}"
+    name = named.get_any_name() if named.get_names() else f"port{number}"
     return TensorSpec(name, sizes, np.dtype(port.get_element_type().to_dtype()).name)
+
+
+def _too_new(path: Path, version: str) -> str:
+    """What a file asks for and what this engine has, where the file is newer; empty for any other error."""
+    if path.suffix != ".xml" or not path.is_file():
+        return ""
+    with open(path, "rb") as file:
+        found = re.search(rb"<net\b[^>]*\bversion=\"(\d+)\"", file.read(4096))
+    if found is None or int(found[1]) <= _IR_VERSION:
+        return ""
+    return f"it needs OpenVINO IR version {int(found[1])}, OpenVINO {version} reads up to {_IR_VERSION}: upgrade it"
 
 
 def _reason(error: Exception) -> str:
