@@ -23,10 +23,11 @@ from compressor.exporters.artifact import Built, Source
 from compressor.exporters.calibration import CalibrationData, check_records
 from compressor.exporters.graph_store import GraphStore
 from compressor.exporters.half_arithmetic import JUDGE
-from compressor.exporters.onnx_graph import evaluation_form, module_outputs
+from compressor.exporters.onnx_graph import OnnxGraph, evaluation_form, module_outputs
 from compressor.exporters.openvino import OPENVINO_ISLANDS
 from compressor.exporters.parity import TOLERANCES, compare, worst
 from compressor.exporters.quantized_export import quantize_graph
+from compressor.exporters.torchscript_route import TORCHSCRIPT
 from compressor.exporters.typed_graph import HALVES
 from compressor.profiles.target import Availability, Target, availability, with_overrides
 from compressor.runtimes.load import open_graph, runtime_options
@@ -220,7 +221,7 @@ def _export_graph(
     typed = source.typed
     entry = _entry(built, target, directory, typed.inputs, typed.outputs, typed.opset, tuple(parities), islands)
     entry = entry.model_copy(update={"quantization": quantization})
-    said = (*notes, *_notes(target, built))
+    said = (*notes, *_route_notes(name, exported), *_notes(target, built))
     return _Exported(entry, built.engine, said, not_run, built.properties)
 
 
@@ -267,6 +268,15 @@ def _entry(
         opset=opset,
         parity=parities,
         fp32_islands=islands,
+    )
+
+
+def _route_notes(name: str, exported: OnnxGraph) -> tuple[str, ...]:
+    if exported.route != TORCHSCRIPT:
+        return ()
+    return (
+        f"Graph {name!r} was exported by tracing with TorchScript, since torch.export cannot follow sizes that depend "
+        "on values; it was compared with the model on other inputs too.",
     )
 
 
