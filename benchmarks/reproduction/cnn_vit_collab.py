@@ -7,7 +7,7 @@ with the same optimisers:
 - alone:    labels only, each student by itself
 - collab:   the whole method: early features, regions and pixels
 
-Seeds that are stored for the same steps and scenes are not run again.
+A run that is stopped goes on where it was, and seeds that are stored for the same steps and scenes are not run again.
 
 The measure is the mIoU on 800 scenes of other digits. The paper claims more for both students; whether that holds here
 is written beside the numbers, whatever the answer. Results go to ``benchmarks/results/reproduction.json``.
@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
 from record import RESULTS, record_result
 
+from compressor.cache import cache_directory
 from compressor.context import RunContext
 from compressor.data.dataset import Dataset, Subset
 from compressor.log import Log
@@ -66,8 +65,9 @@ def train(arm: str, seed: int, steps: int, task: Segmentation) -> dict[str, floa
     ctx = RunContext(task, {}, randomness, alone, students=makers, name="arm")
     config = {**RECIPE["data_config"], "steps": steps, **ARMS[arm]}
     method = CnnVitCollab(CnnVitCollab.Config.model_validate(config))
-    with tempfile.TemporaryDirectory() as directory:
-        Engine(Path(directory), distributed=alone, randomness=randomness, fingerprint="arm").run(method.phases(ctx))
+    mark = f"{arm}-{seed}-{steps}-{len(task.dataset())}"
+    directory = cache_directory() / "reproduction" / "cnn-vit-collab" / mark
+    Engine(directory, distributed=alone, randomness=randomness, fingerprint=mark).run(method.phases(ctx))
     return {name: miou(model, task) for name, model in method.students().items()}
 
 
