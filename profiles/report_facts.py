@@ -192,6 +192,9 @@ def summary_table(report: Report) -> Table:
             cells += [*_metric_cells(engine.metrics, infos), parity_text(engine) if engine.built else "not built"]
             rows.append(Row(cells))
     notes = ["Latencies are medians of whole requests; per item is the best over all batch sizes."] if batches else []
+    counted = [f"{model.name} {format_count(model.macs)}" for model in report.models if model.macs]
+    if counted:
+        notes.append(f"Multiply-accumulate operations of one call, per sample: {', '.join(counted)}.")
     if any(engine.parity for engine in report.engines):
         notes.append("Parity: the largest relative deviation from PyTorch over all outputs, and its limit.")
     if any(NOISY in cell for row in rows for cell in row.cells):

@@ -259,6 +259,13 @@ def test_the_summary_shows_every_model_and_engine_and_marks_what_was_noisy(repor
     assert any(note.startswith("~") for note in table.notes)
 
 
+def test_the_summary_counts_the_operations_of_models_whose_operations_are_known():
+    models = [ModelEntry(name="teacher", macs=12_300_000), ModelEntry(name="student", macs=4_100_000)]
+    known = Report(title="t", task=TaskInfo(name="x"), models=models)
+    (note,) = [note for note in facts.summary_table(known).notes if "Multiply-accumulate" in note]
+    assert "teacher 12.3" in note and "student 4.1" in note
+
+
 def test_the_latency_of_the_only_graph_stands_for_the_request_when_nothing_else_was_measured():
     entry = engine("student", "ort-fp32", 5.0, 0.9, end_to_end={}, latency={"classifier": {"1": latency(3.0)}})
     assert entry.whole["1"].p50 == latency(3.0).p50
