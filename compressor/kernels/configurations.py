@@ -58,8 +58,7 @@ _WHOLE_COLUMN_TILE = 8192
 _POSITIONS = (32, 16)
 # (positions, columns, warps) of the loop over longer ones: a thread holds all columns of its positions, so that sums
 # need no other thread.
-_LONG_COLUMNS = (512, 8, 2)
-_LONG_COLUMNS_CROWDED = (256, 4, 1)
+_LONG_COLUMNS = (256, 4, 1)
 
 
 def row_tiles(family: str, columns: int, rows_are_contiguous: bool, *, crowded: bool = False) -> RowTiles:
@@ -79,7 +78,7 @@ def row_tiles(family: str, columns: int, rows_are_contiguous: bool, *, crowded: 
         for positions in _POSITIONS:
             if positions * block <= (_WHOLE_COLUMN_TILE // 2 if crowded else _WHOLE_COLUMN_TILE):
                 return RowTiles(positions, block, _warps(positions * block * (2 if crowded else 1)), True)
-        return RowTiles(*(_LONG_COLUMNS_CROWDED if crowded else _LONG_COLUMNS), False)
+        return RowTiles(*_LONG_COLUMNS, False)
     limit = _WHOLE_ROW_LIMIT_CROWDED[family] if crowded else _WHOLE_ROW_LIMIT[family]
     if block <= limit:
         rows = max(1, min(64, 1024 // block))

@@ -39,7 +39,8 @@ def _launch(
     walked = [student, teacher, gradient if with_gradient else student]
     layout = row_layout(walked, dims)
     assert layout is not None, "the caller copies what cannot be walked"
-    crowded = labels is not None or mode == MODE_NUMBERS["jsd"]
+    # Numbers of four bytes wait for their turn in twice as many registers.
+    crowded = labels is not None or mode == MODE_NUMBERS["jsd"] or max(x.element_size() for x in (student, teacher)) > 2
     tiles = row_tiles(gpu_family(student.device), layout.columns, layout.rows_are_contiguous, crowded=crowded)
     shape = row_shape(student.shape, dims)
     kl_rows = torch.empty(shape, dtype=torch.float32, device=student.device)

@@ -45,6 +45,5 @@ def short_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(configurations, "_WHOLE_ROW_LIMIT_CROWDED", dict.fromkeys(families, 4))
     monkeypatch.setattr(configurations, "_LONG_ROW", dict.fromkeys(families, (16, 4)))
     monkeypatch.setattr(configurations, "_LONG_ROW_CROWDED", dict.fromkeys(families, (16, 4)))
-    monkeypatch.setattr(configurations, "_LONG_COLUMNS", (64, 16, 4))
-    monkeypatch.setattr(configurations, "_LONG_COLUMNS_CROWDED", (16, 8, 1))
+    monkeypatch.setattr(configurations, "_LONG_COLUMNS", (16, 8, 1))
     monkeypatch.setattr(configurations, "_WHOLE_COLUMN_TILE", 1)
