@@ -49,5 +49,5 @@ def _with_tensorrt(module: Any, half: bool) -> Any:
         raise TargetError("Torch-TensorRT is not installed: pip install 'compressor[torch-tensorrt]'") from error
     import torch
 
-    kinds = {torch.float16, torch.float32} if half else {torch.float32}
-    return torch.compile(module, backend="torch_tensorrt", options={"enabled_precisions": kinds})
+    options: dict[str, Any] = {"enabled_precisions": {torch.float16, torch.float32} if half else {torch.float32}}
+    return torch.compile(module, backend="torch_tensorrt", options=options)
