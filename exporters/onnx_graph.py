@@ -175,14 +175,17 @@ def module_outputs(graph: Graph, inputs: Mapping[str, Array], name: str = "graph
 
 
 def write_model(model: ModelProto, path: Path) -> None:
-    """Write one ONNX file; weights go into ``NAME.data`` beside it above 1.5 GB."""
+    """Write one ONNX file; weights go into ``NAME.data`` beside it above 1.5 GB. The model keeps its weights."""
     import onnx
+    from onnx.external_data_helper import load_external_data_for_model
 
     path.parent.mkdir(parents=True, exist_ok=True)
     large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _INLINE_LIMIT
     onnx.save_model(
         model, str(path), save_as_external_data=large, all_tensors_to_one_file=True, location=path.name + ".data"
     )
+    if large:  # saving has moved them out of the model in memory
+        load_external_data_for_model(model, str(path.parent))
 
 
 def _check_example(graph: Graph, name: str) -> None:
