@@ -1,0 +1,46 @@
+"""The benchmark beside the vendors' tools runs, reads their medians, and says how far apart both are."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from compressor.errors import CompressorError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def tools() -> ModuleType:
+    pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location("vendor_tools", ROOT / "benchmarks" / "vendor_tools.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_both_engines_are_measured_by_us_and_by_their_own_tools(tools: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    if not Path(sys.executable).with_name("benchmark_app").is_file():
+        pytest.skip("openvino's benchmark_app is not installed")
+    out = tmp_path / "results.json"
+    result = tools.main(["--rounds", "2", "--seconds", "0.1", "--only", "resnet", "--out", str(out)])
+    assert json.loads(out.read_text()) == json.loads(json.dumps(result))
+    assert {name: one["tool"] for name, one in result["artifacts"].items()} == {
+        "resnet ort-fp32": "onnxruntime_loop", "resnet openvino-fp32": "benchmark_app",
+    }  # fmt: skip
+    for one in result["artifacts"].values():
+        assert len(one["ours_ms"]) == len(one["theirs_ms"]) == 2
+        assert 0.2 < one["ratio"] < 5, "the two clocks measure other things"
+
+
+def test_tool_that_prints_no_median_is_an_error_that_names_it(tools: ModuleType) -> None:
+    with pytest.raises(CompressorError, match=r"gave no median: hello"):
+        tools.median_of([sys.executable, "-c", "print('hello')"], r"Median:\s+([\d.]+) ms")
+    assert tools.median_of([sys.executable, "-c", "print('Median:   1.25 ms')"], r"Median:\s+([\d.]+) ms") == 1.25
