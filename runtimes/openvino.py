@@ -59,7 +59,10 @@ class OpenVino:
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         ready = check_inputs(self.inputs, inputs)
         try:
-            result = self._request.infer([ready[spec.name] for spec in self.inputs], share_inputs=True)
+            # outputs are views of the request's memory, which its next call overwrites: they are copied once, below
+            result = self._request.infer(
+                [ready[spec.name] for spec in self.inputs], share_inputs=True, share_outputs=True
+            )
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
             raise TargetError(f"OpenVINO failed: {_reason(error)}") from error
         return {spec.name: np.array(result[number]) for number, spec in enumerate(self.outputs)}

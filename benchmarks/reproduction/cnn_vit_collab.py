@@ -1,4 +1,4 @@
-"""CNN-ViT collaboration at small scale: python benchmarks/reproduction/cnn_vit_collab.py [--seeds 0 1 2] [--steps 400]
+"""CNN-ViT collaboration at small scale: python benchmarks/reproduction/cnn_vit_collab.py [--seeds 0 1 2] [--steps 1200]
 
 A DeepLabV3+ on a small ResNet and a small SegFormer (the default recipe's) learn to segment digit scenes of which there
 are few (400 by default). Both arms of a seed start from the same weights, see the same batches and take the same steps
@@ -99,7 +99,7 @@ def main() -> None:
     """Run all seeds, compare, store."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--scenes", type=int, default=400)
     asked, log = parser.parse_args(), Log()
     task = FewScenes({"train": RECIPE["data"]["train"]}, {})

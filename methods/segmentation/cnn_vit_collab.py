@@ -250,7 +250,12 @@ class CnnVitCollab:
             "sr_ratios=[4,2,1,1],mlp_ratios=[2,2,2,2],decoder_hidden_size=48",
         },
         "data": {"train": "scenes:32?masks=true"},
-        "data_config": {"steps": 900, "cnn": {"lr": 0.1}, "vit": {"lr": 3e-3}},
+        "data_config": {
+            "steps": 1200,
+            "batch": 32,
+            "cnn": {"optimizer": "adamw", "lr": 5e-3, "weight_decay": 0.01},
+            "vit": {"lr": 3e-3},
+        },
     }
 
     def __init__(self, config: Any) -> None:
