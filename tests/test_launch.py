@@ -41,7 +41,9 @@ def run(directory: Path, batch: int, launcher: list[str], cache: Path) -> dict[s
     settings += ["text_similarity=null", "evaluation.samples=10", "task_options={num_inference_steps: 1}"]
     settings += ["benchmark={batches: [1], seconds: 0.1, rounds: 3}"]
     command = [*launcher, "-m", "compressor", "run", "--method", "ppcl", "--target", "ort-fp32", "--budget", "0.02"]
-    command += ["--teacher", f"diffusers:{directory.parent / 'teacher'}", "--out", str(directory), "--device", "cpu"]
+    command += ["--teacher", f"diffusers:{directory.parent / 'teacher'}", "--out", str(directory)]
+    if "launch" not in launcher:  # the launcher's own --cpu must do
+        command += ["--device", "cpu"]
     command += [part for setting in settings for part in ("--set", setting)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COMPRESSOR_CACHE": str(cache)}
     environment.pop("WORLD_SIZE", None)

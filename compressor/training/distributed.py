@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Literal, TypeVar, cast
@@ -39,6 +40,9 @@ class Distributed:
         from accelerate import PartialState
 
         wanted = None if device is None else torch.device(device)
+        asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
+        if wanted is None and (asked_for_cpu or not torch.accelerator.is_available()):
+            wanted = torch.device("cpu")  # told nothing, accelerate would not look for the other processes of a CPU
         # The longest wait is for a process that computes or writes alone.
         state = PartialState(cpu=wanted is not None and wanted.type == "cpu", timeout=timedelta(hours=2))
         self.rank, self.processes = state.process_index, state.num_processes
