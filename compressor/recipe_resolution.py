@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from compressor.errors import RequestError, nearest
 from compressor.method import Needs
 from compressor.plain_yaml import YAMLError, load_yaml
-from compressor.recipe import Recipe
+from compressor.recipe import Recipe, load_recipe_target
 from compressor.registry import load_method, method_names
 from compressor.validation import field_at, key_paths, one_line
 
@@ -45,6 +45,7 @@ class Flags:
     seed: int | None = None
     device: str | None = None
     trust_remote_code: bool | None = None
+    max_drop: float | None = None
     settings: Sequence[str] = ()
 
 
@@ -65,6 +66,8 @@ def resolve(written: Recipe, flags: Flags) -> Recipe:
     values["methods"] = entries
     values.setdefault("task", classes[0].needs.tasks[0])
     recipe = Recipe.parse(values)
+    if flags.max_drop is not None:
+        recipe = recipe.model_copy(update={"targets": _limited(recipe.targets, flags.max_drop)})
     _check(recipe, classes)
     recipe.load_targets()
     return recipe
@@ -204,6 +207,24 @@ def _apply_flags(values: dict[str, Any], flags: Flags, needs: Sequence[Needs]) -
         chosen: dict[str, Any] = {role: specs if kind == "teachers" else specs[0] for role, specs in named.items()}
         if chosen:
             values[kind] = {**values.get(kind, {}), **chosen}
+
+
+def _limited(targets: Sequence[str | dict[str, Any]], max_drop: float) -> list[str | dict[str, Any]]:
+    """The targets, those of eight bits with another `calibration.max_drop`."""
+    limited = [
+        _with_max_drop(entry, max_drop) if load_recipe_target(entry).quantized else None  # checked as it was written
+        for entry in targets
+    ]
+    if not any(limited):
+        raise RequestError("--max-drop limits int8 and fp8 targets, and none is given: add --target ort-int8")
+    return [after or before for after, before in zip(limited, targets, strict=True)]
+
+
+def _with_max_drop(entry: str | dict[str, Any], max_drop: float) -> dict[str, Any]:
+    written: dict[str, Any] = {"base": entry} if isinstance(entry, str) else entry
+    # a mapping with a base may have written the key with a dot
+    rest = {key: value for key, value in written.items() if key != "calibration.max_drop"}
+    return {**rest, "calibration": {**written.get("calibration", {}), "max_drop": max_drop}}
 
 
 def _roles(kind: str, needs: Iterable[Needs]) -> list[str]:

@@ -35,6 +35,8 @@ __all__ = [
 ]
 
 METHOD_PARTS = ("name", "paper", "idea", "needs", "Config", "default_recipe", "phases", "student", "deployables")
+_CORE_METHODS = ("sparsity", "qat")
+"""Files of methods that go behind those of any family."""
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,10 @@ def _method_sources() -> dict[str, Source]:
         if _declares(path, "METHOD"):
             module = f"compressor.methods.{path.parent.name}.{path.stem}"
             sources[_spoken(path.stem)] = Source(module, "METHOD", path, path.parent.name)
-    sparsity = _package_folder() / "sparsity.py"
-    if _declares(sparsity, "METHOD"):
-        sources["sparsity"] = Source("compressor.sparsity", "METHOD", sparsity, "core")
+    for stem in _CORE_METHODS:
+        path = _package_folder() / f"{stem}.py"
+        if _declares(path, "METHOD"):
+            sources[_spoken(stem)] = Source(f"compressor.{stem}", "METHOD", path, "core")
     return sources
 
 

@@ -10,33 +10,29 @@ Trained: the model that the chain hands on, or a copy of the teacher. Exported: 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import BeforeValidator, Field
-from torch import Tensor, nn
+from torch import nn
 
-from compressor.data.stream import Batch, Stream
 from compressor.deployable import Deployable
-from compressor.diffusion.denoiser import Denoiser
-from compressor.diffusion.noised_data import NoisedData
-from compressor.diffusion.rollout import backward_simulation
 from compressor.errors import RequestError
-from compressor.losses.precision import at_least_float32
 from compressor.method import Context, MethodConfig, Needs, Paper
 from compressor.models.edits.sparsity import fits_pattern, folded, masked_weights, weights_of
 from compressor.models.edits.weights import Weight
 from compressor.models.model import Model
 from compressor.recipe import parse_sparsity
-from compressor.training.phase import Phases, Step, Train, Update
-from compressor.training.training_config import TrainingConfig, make_optim, make_stream
+from compressor.training.phase import Phases, Train
+from compressor.training.self_distillation import SelfDistillationConfig, fine_tuning, given_model
+from compressor.training.training_config import make_optim
 
-__all__ = ["METHOD", "Sparsity", "SparsityConfig", "dense_layers", "describe", "layers_called", "relative_error"]
+__all__ = ["METHOD", "Sparsity", "SparsityConfig", "dense_layers", "describe", "layers_called"]
 
 
-class SparsityConfig(TrainingConfig):
+class SparsityConfig(SelfDistillationConfig):
     """Configuration of the sparsification."""
 
     pattern: Annotated[str, BeforeValidator(parse_sparsity)] = "2:4"
@@ -45,24 +41,6 @@ class SparsityConfig(TrainingConfig):
     """Layers that stay dense beside the first and the last: names as the model has them, with * for any letters."""
     min_weights: int = Field(256, ge=1)
     """Layers of fewer weights stay dense."""
-    data_weight: float = Field(0.0, ge=0)
-    """Weight of the data's own loss (labels, or the noise's target) beside the match with the dense model."""
-    steps: int = Field(300, ge=0)
-    """Fine-tuning steps; 0 leaves the masked weights as they are."""
-    lr: float = Field(1e-3, gt=0)
-    """Highest learning rate."""
-
-
-def relative_error(guesses: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
-    """``sum |a - b|^2 / sum |b|^2`` of every pair of tensors, mean over the pairs; a scalar, float32 or wider.
-
-    Args:
-        guesses: Float tensors of any shapes.
-        wanted: As many, of the same shapes; they get no gradient.
-    """
-    pairs = [(at_least_float32(a), at_least_float32(b.detach())) for a, b in zip(guesses, wanted, strict=True)]
-    errors = [(a - b).square().sum() / b.square().sum().clamp(min=1e-12) for a, b in pairs]
-    return torch.stack(errors).mean()
 
 
 # --- which layers ----------------------------------------------------------------------------------------------------
@@ -185,14 +163,14 @@ class Sparsity:
 
     def phases(self, ctx: Context) -> Phases:
         """Mask, then one fine-tuning against the model as it came."""
-        given = _given(ctx)
+        given = given_model(ctx)
         given.module.eval()
         before = given.copy()
         before.module.requires_grad_(False)
         self._student, dense = self._mask(ctx, given)
         self.notes = describe(self._student, self.config.pattern, dense)
         generates = ctx.task.name == "image-generation"
-        stream, step = (self._predictions if generates else self._outputs)(ctx, self._student, before)
+        stream, step = fine_tuning(ctx, self.config, self._student, before, self.name)
         key = [change.arguments for change in self._student.info.edits if change.name == "sparsity.mask"]
         yield Train(
             "distil",
@@ -227,108 +205,6 @@ class Sparsity:
         if not chosen:
             raise RequestError(f"sparsity {config.pattern}: no layer can be sparse; lower min_weights, or try a share")
         return model.edit("sparsity.mask", pattern=config.pattern, weights=chosen), dense
-
-    # -- what the dense model says, and on what it is asked --
-
-    def _outputs(self, ctx: Context, student: Model, dense: Model) -> tuple[Stream, Step]:
-        """A supervised task's model: all that it returns on a batch of the data."""
-        loss = getattr(ctx.task, "loss", None)
-        if loss is None:
-            raise RequestError(f"sparsity cannot fine-tune for the task {ctx.task.name!r}, which has no loss")
-
-        def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
-            batch = batches["train"]
-            with torch.no_grad():
-                wanted = outputs_of(dense.module, lambda: loss(dense, batch))[1]
-            supervised, guesses = outputs_of(student.module, lambda: loss(student, batch))
-            # some networks return more in training, auxiliary logits for one, behind what they return in use
-            losses = {"match": relative_error(guesses[: len(wanted)], wanted)}
-            if self.config.data_weight:
-                losses |= {name: self.config.data_weight * value for name, value in supervised.items()}
-            yield Update("student", losses)
-
-        return make_stream(ctx, self.config), step
-
-    def _predictions(self, ctx: Context, student: Model, dense: Model) -> tuple[Stream, Step]:
-        """A diffusion model's prediction: on noised data, or on what its own few steps feed it."""
-        config, sparse, before = self.config, Denoiser(student), Denoiser(dense)
-        if config.augment != "auto" or config.views is not None or config.data_seed is not None:
-            raise RequestError("sparsity: augment, views and data_seed mean nothing for diffusion; leave them out")
-        places = student.info.extra.get("student_timesteps")
-        if places and config.data_weight:
-            raise RequestError("sparsity: a few-step generator has no target in the data; set data_weight to 0")
-        data = NoisedData(ctx, before)
-
-        def step(batches: dict[str, Batch], i: int) -> Iterator[Update]:
-            noised, level, target, condition = data.sample(batches["train"], i)
-            if places:
-                noised, level = own_inputs(ctx, sparse, places, noised, condition, i)
-            with torch.no_grad():
-                wanted = before(noised, level, condition)
-            guess = sparse(noised, level, condition)
-            losses = {"match": relative_error([guess], [wanted])}
-            if config.data_weight:
-                losses["data"] = config.data_weight * (guess[:, : sparse.channels] - target).square().mean()
-            yield Update("student", losses)
-
-        return data.stream(config.batch), step
-
-
-def own_inputs(
-    ctx: Context, generator: Denoiser, places: Sequence[int], like: Tensor, condition: Mapping[str, Tensor], i: int
-) -> tuple[Tensor, Tensor]:
-    """What a few-step generator meets at its calls, one drawn for every sample: ``(noised, level)``.
-
-    Args:
-        ctx: Gives noise and the calls.
-        generator: Rolls out from pure noise.
-        places: Training levels of its calls, the noisiest first.
-        like: (B, C, H, W), a batch of the same shape and device.
-        condition: Condition fields (B, ...).
-        i: The step.
-    """
-    levels = generator.schedule.sampling_level(torch.tensor(places)).to(like.device)
-    calls = torch.floor(ctx.uniform(i, len(like), "call") * len(places)).long().to(like.device)
-    return backward_simulation(
-        generator, levels, calls, condition, lambda number: ctx.normal(i, like.shape, f"call-{number}").to(like.device)
-    )
-
-
-def outputs_of(module: nn.Module, run: Callable[[], Any]) -> tuple[Any, list[Tensor]]:
-    """What ``run`` returns, and the float tensors that the module returned meanwhile, call by call.
-
-    Raises:
-        RequestError: It returned none.
-    """
-    seen: list[Any] = []
-    handle = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
-    try:
-        result = run()
-    finally:
-        handle.remove()
-    tensors = list(_float_tensors(seen))
-    if not tensors:
-        raise RequestError(f"the task's loss gets no outputs of the {type(module).__name__} that could be matched")
-    return result, tensors
-
-
-def _float_tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, Mapping):
-        yield from _float_tensors(list(value.values()))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from _float_tensors(part)
-
-
-def _given(ctx: Context) -> Model:
-    """The chain's model, or a copy of the only teacher."""
-    try:
-        return ctx.student()
-    except RequestError:
-        return ctx.student(like=ctx.teacher())
 
 
 METHOD = Sparsity

@@ -155,6 +155,28 @@ def test_target_may_be_a_mapping(toy_methods: None) -> None:
     assert load_recipe_target({"runtime": "onnxruntime"}).name == "onnxruntime-fp32"
 
 
+def test_max_drop_is_that_of_every_target_of_eight_bits_and_of_no_other(toy_methods: None) -> None:
+    text = """
+        methods: toy
+        targets:
+          - ort-fp32
+          - ort-int8
+          - trt-fp8
+          - {base: openvino-int8, name: dotted, calibration.max_drop: 0.5, calibration.samples: 32}
+          - {runtime: onnxruntime, precision: int8, name: whole, calibration: {samples: 64}}
+    """
+    usual, recipe = resolve(text), resolve(text, max_drop=0.003)
+    found = {target.name: target.calibration for target in recipe.load_targets()}
+    assert list(found) == [target.name for target in usual.load_targets()]
+    assert {name: one.max_drop for name, one in found.items() if name != "ort-fp32"} == {
+        name: 0.003 for name in ("ort-int8", "trt-fp8", "dotted", "whole")
+    }
+    assert (found["dotted"].samples, found["whole"].samples, found["ort-int8"].weight_bits) == (32, 64, 7)
+    assert recipe.targets[0] == "ort-fp32"
+    again = Recipe.parse(recipe.to_dict())
+    assert again.resolve(Flags(max_drop=0.003)) == again.resolve() == recipe
+
+
 @pytest.mark.parametrize(
     ("text", "plain_form"),
     [("2:4", "2:4"), ("0.8", "0.8"), (".80", "0.8"), ("block:32x32:0.8", "block:32x32:0.8"), (" 1:2 ", "1:2")],
@@ -189,6 +211,8 @@ def test_sparsity_becomes_the_last_method_of_the_chain(toy_methods: None) -> Non
         ({}, "no method is given: add --method NAME"),
         ({"targets": ["trt-fp61"]}, "no target 'trt-fp61': did you mean trt-fp16"),
         ({"targets": ["trt-fp16", "trt-fp16"]}, "two targets are named 'trt-fp16'"),
+        ({"targets": ["trt-fp16"], "max_drop": 0.1}, "--max-drop limits int8 and fp8 targets, and none is given"),
+        ({"targets": ["ort-int8"], "max_drop": -1.0}, "ort-int8: calibration.max_drop: Input should be greater than"),
         ({"teachers": ["techer=run:a"]}, "--teacher techer=run:a: unknown role 'techer': did you mean teacher?"),
         ({"teachers": ["run:a", "run:b"]}, "the method 'toy' takes one teacher, but 2 are given"),
         ({"teachers": ["teacher="]}, "--teacher teacher=: the spec is missing"),

@@ -67,6 +67,10 @@ def run(
         str | None,
         typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N, mps or xpu.", rich_help_panel=HOW),
     ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Accuracy that int8 and fp8 may lose, e.g. 0.01.", rich_help_panel=HOW),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="DIR", help="Run directory; made of the recipe.", rich_help_panel=WHERE),
@@ -100,6 +104,7 @@ def run(
         seed=seed,
         device=device,
         trust_remote_code=trust_remote_code or None,
+        max_drop=max_drop,
         settings=settings or (),
     )
     resolved = (Recipe.from_yaml(recipe) if recipe is not None else Recipe()).resolve(flags)
