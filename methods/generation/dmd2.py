@@ -327,7 +327,7 @@ class DMD2:
         weights = adaptable(student.module, rank)
         if not weights:
             raise RequestError(f"dmd2.lora_rank is {rank}, no weight of the generator is larger than such an adapter")
-        return student.edit("low-rank.adapt", rank=rank, alpha=self.config.lora_alpha, weights=weights)
+        return student.edit("low_rank.adapt", rank=rank, alpha=self.config.lora_alpha, weights=weights)
 
     # -- warm start --
 

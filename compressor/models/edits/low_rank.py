@@ -21,7 +21,7 @@ from compressor.models.model import Model, edit
 
 __all__ = ["LowRank", "adapt", "adaptable", "merged"]
 
-EDIT = "low-rank.adapt"
+EDIT = "low_rank.adapt"
 
 
 class LowRank(nn.Module):
