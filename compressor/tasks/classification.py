@@ -15,11 +15,12 @@ from compressor.data.dataset import DataInfo, Dataset, Sample, Subset
 from compressor.data.sources import load_data
 from compressor.data.stream import Batch, stack
 from compressor.deployable import Deployable, DriverSpec, Graph
-from compressor.errors import CompressorError, RequestError
+from compressor.errors import RequestError
 from compressor.evaluate import Feed, Metric
 from compressor.models.classifier import Classifier, ClassifierGraph
 from compressor.models.model import Model
 from compressor.runtimes.runtime import Array
+from compressor.tasks.image_networks import check_image_network
 from compressor.tasks.task import Figure
 from compressor.validation import one_line
 
@@ -108,28 +109,7 @@ class Classification:
 
     def check(self, model: Model) -> None:
         name, info = model.info.architecture, self.info
-        channels = model.info.extra.get("channels")
-        # A gray image fills the channels of a colour model; nothing else can be made to fit.
-        if channels is not None and info.shape[0] not in (1, channels):
-            raise RequestError(f"{name} takes images of {channels} channels, the set {info.name!r} has {info.shape[0]}")
-        training, device = model.module.training, next(model.module.parameters()).device
-        try:
-            with torch.no_grad():
-                model.module.eval()
-                logits = Classifier(model)(torch.zeros(1, *info.shape, device=device))
-        except CompressorError:
-            raise
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-            shape = "x".join(map(str, info.shape))
-            first = str(error).strip().partition("\n")[0]
-            raise RequestError(f"{name} cannot take images of shape {shape}: {first}") from error
-        finally:
-            model.module.train(training)
-        if logits.shape[1] != self.classes:
-            raise RequestError(
-                f"{name} tells {logits.shape[1]} classes apart, the set {info.name!r} has {self.classes}"
-                f"{'' if model.info.library == 'python' else f': a model of ?num_classes={self.classes} fits'}"
-            )
+        check_image_network(model, Classifier, info)
         known = model.info.extra.get("classes")
         if known and list(known) != list(info.classes) and sorted(known) == sorted(info.classes):
             raise RequestError(

@@ -14,7 +14,7 @@ from compressor.data.dataset import DataInfo, Dataset, Sample, Subset
 from compressor.data.sources import load_data
 from compressor.data.stream import Batch, stack
 from compressor.deployable import Deployable, DriverSpec, Graph
-from compressor.errors import CompressorError, RequestError
+from compressor.errors import RequestError
 from compressor.evaluate import Feed, Metric
 from compressor.losses.dense import map_cross_entropy
 from compressor.metrics.segmentation import SegmentationMetric
@@ -22,6 +22,7 @@ from compressor.models.image_network import ImageNetwork
 from compressor.models.model import Model
 from compressor.models.segmenter import Segmenter, SegmenterGraph
 from compressor.runtimes.runtime import Array, Driver
+from compressor.tasks.image_networks import check_image_network
 from compressor.tasks.task import Figure
 from compressor.validation import one_line
 
@@ -126,29 +127,7 @@ class Segmentation:
         return {"cross_entropy": map_cross_entropy(logits, batch["mask"], ignore_index=self.ignore_index)}
 
     def check(self, model: Model) -> None:
-        name, info = model.info.architecture, self.info
-        channels = model.info.extra.get("channels")
-        # A gray image fills the channels of a colour model; nothing else can be made to fit.
-        if channels is not None and info.shape[0] not in (1, channels):
-            raise RequestError(f"{name} takes images of {channels} channels, the set {info.name!r} has {info.shape[0]}")
-        training, device = model.module.training, next(model.module.parameters()).device
-        try:
-            with torch.no_grad():
-                model.module.eval()
-                logits = Segmenter(model)(torch.zeros(1, *info.shape, device=device))
-        except CompressorError:
-            raise
-        except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
-            shape = "x".join(map(str, info.shape))
-            first = str(error).strip().partition("\n")[0]
-            raise RequestError(f"{name} cannot take images of shape {shape}: {first}") from error
-        finally:
-            model.module.train(training)
-        if logits.shape[1] != self.classes:
-            raise RequestError(
-                f"{name} tells {logits.shape[1]} classes apart, the set {info.name!r} has {self.classes}: a model of "
-                f"?num_classes={self.classes} fits"
-            )
+        check_image_network(model, Segmenter, self.info)
 
     def deployable(self, model: Model) -> Deployable:
         segmenter, (channels, height, width), free = Segmenter(model), self.info.shape, self.options.sizes == "free"
