@@ -49,6 +49,7 @@ class OpenVino:
             model = core.read_model(str(path))
             self._model = core.compile_model(model, device, properties)
             self._request = self._model.create_infer_request()
+            self._tensor = openvino.Tensor
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
             reason = _too_new(Path(path), openvino.__version__) or _reason(error)
             raise TargetError(f"OpenVINO cannot load {path} on {device}: {reason}") from error
@@ -59,13 +60,15 @@ class OpenVino:
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         ready = check_inputs(self.inputs, inputs)
         try:
-            # outputs are views of the request's memory, which its next call overwrites: they are copied once, below
-            result = self._request.infer(
-                [ready[spec.name] for spec in self.inputs], share_inputs=True, share_outputs=True
-            )
+            # A tenth of a millisecond faster than `infer(inputs)`, which looks all names and types up again.
+            for number, spec in enumerate(self.inputs):
+                self._request.set_input_tensor(number, self._tensor(_writable(ready[spec.name]), shared_memory=True))
+            self._request.infer()
+            results = [self._request.get_output_tensor(number).data for number in range(len(self.outputs))]
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
             raise TargetError(f"OpenVINO failed: {_reason(error)}") from error
-        return {spec.name: np.array(result[number]) for number, spec in enumerate(self.outputs)}
+        # views of the request's memory, which its next call overwrites
+        return {spec.name: np.array(result) for spec, result in zip(self.outputs, results, strict=True)}
 
     @property
     def inference_precision(self) -> str:
@@ -76,6 +79,11 @@ class OpenVino:
     def close(self) -> None:
         """Free the model; it cannot be called afterwards."""
         self._request = self._model = None
+
+
+def _writable(array: Array) -> Array:
+    """The array itself, or a copy where it may not be written to: the engine shares no memory with such a one."""
+    return array if array.flags.writeable else array.copy()
 
 
 def _specs(named: Sequence[Any], compiled: Sequence[Any]) -> tuple[TensorSpec, ...]:

@@ -21,6 +21,7 @@ from compressor.atomic import write_json
 from compressor.errors import InterruptedRunError, RequestError
 from compressor.training.batches import Batches
 from compressor.training.distributed import Distributed
+from compressor.training.heap import heap_kept
 from compressor.training.interruption import Interruption
 from compressor.training.phase import Compute, Phases, Train
 from compressor.training.phase_store import PhaseStore, file_name, phase_fingerprint
@@ -186,6 +187,7 @@ class Engine:
     def _steps(self, run: TrainRun, store: PhaseStore) -> None:
         steps, saved, logged, logged_step = run.phase.steps, time.monotonic(), time.monotonic(), run.done
         with (
+            heap_kept(),
             ProgressBar(run.name, run.done, steps, self._progress) as bar,
             Batches(run.phase.streams, steps, self._loader_threads) as batches,
         ):

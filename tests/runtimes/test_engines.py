@@ -61,6 +61,14 @@ def test_outputs_of_one_call_survive_the_next(files, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_read_only_input_is_taken_and_stays_as_it_was(files, engine):
+    x = np.arange(3, dtype=np.float32)[None]
+    x.flags.writeable = False
+    run = open_graph(files[engine], engine, {"threads": 1})
+    assert np.array_equal(run({"x": x, "t": 2})["y"], [[0, 2, 4]]) and np.array_equal(x, [[0, 1, 2]])
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("inputs", "said"),
     [
