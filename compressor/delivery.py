@@ -202,6 +202,7 @@ def _figures(task: Task, metrics: Mapping[str, float | None]) -> str:
 
 def _measure_engine(work: Work, name: str) -> None:
     from compressor.measurement import quality
+    from compressor.profiles.device_memory import device_memory_in_use, watch_device_memory
     from compressor.profiles.latency import timed
     from compressor.profiles.memory import measure_artifact_memory
     from compressor.profiles.size import total_bytes
@@ -215,14 +216,18 @@ def _measure_engine(work: Work, name: str) -> None:
         torch_target = _torch_target(work, name)
         if torch_target is None:
             stage.facts["bytes"] = total_bytes(directory)
-        loaded = timed(lambda: _open_engine(work, name))
-        engine: Any = loaded.value
-        if isinstance(engine, str):
-            stage.facts["reason"] = engine
-            work.log.event("evaluate", f"{name}: not measured: {engine}")
-            return
+        request = work.task.request(1)
+        # An artifact's memory is that of a process of its own, below; PyTorch's own run has none.
+        device = str((torch_target or {}).get("device", "cpu"))
+        with watch_device_memory(device_memory_in_use(device)) as on_device:
+            loaded = timed(lambda: _open_engine(work, name))
+            engine: Any = loaded.value
+            if isinstance(engine, str):
+                stage.facts["reason"] = engine
+                work.log.event("evaluate", f"{name}: not measured: {engine}")
+                return
+            first = timed(lambda: engine.driver(request, seed=0))
         task = work.judged()
-        first = timed(lambda: engine.driver(task.request(1), seed=0))
         stage.facts |= {"load_ms": loaded.milliseconds, "first_ms": first.milliseconds}
         stage.facts["metrics"] = _finite(quality(task, engine.driver, evaluation, _batch(work)))
         pictures = getattr(task, "pictures", None)
@@ -231,7 +236,10 @@ def _measure_engine(work: Work, name: str) -> None:
         engine.close()
         try:
             if torch_target is None:
-                stage.facts["peak_memory_mb"] = measure_artifact_memory(directory).peak_mb
+                memory = measure_artifact_memory(directory)
+                stage.facts |= {"peak_memory_mb": memory.peak_mb, "peak_device_memory_mb": memory.device_peak_mb}
+            elif on_device.bytes is not None:
+                stage.facts["peak_device_memory_mb"] = on_device.bytes / 1e6
         except TargetError as error:
             work.log.warn(str(error))
         work.log.event("evaluate", f"{name}: {_figures(task, stage.facts['metrics'])}", **stage.facts["metrics"])

@@ -140,6 +140,7 @@ def _engine(folder: RunDirectory, name: str, facts: Mapping[str, Any], timing: M
         bytes=facts.get("bytes"),
         parity=_parity(manifest),
         peak_memory_mb=facts.get("peak_memory_mb"),
+        peak_device_memory_mb=facts.get("peak_device_memory_mb"),
         notes=list(manifest.notes),
         **measured,
     )

@@ -2,13 +2,12 @@
 
 ``python -m compressor.profiles.memory ARTIFACT_DIR`` loads the artifact through `compressor.runtimes`, runs it and
 prints the figures as one line of JSON. A process of its own, because a peak never falls: whatever the present process
-has done before would be part of it. It is host memory; what a GPU engine holds on the device is not in it.
+has done before would be part of it. Host and device memory are measured apart.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from compressor.errors import CompressorError, TargetError
+from compressor.profiles.device_memory import device_memory_in_use, watch_device_memory
 from compressor.runtimes.runtime import Array, Port
 
 __all__ = ["ArtifactMemory", "example_inputs", "measure_artifact_memory", "peak_rss_mb"]
@@ -32,6 +32,7 @@ class ArtifactMemory(BaseModel):
         start_mb: Of the interpreter with numpy, before anything was loaded.
         loaded_mb: After loading the artifact (the engine's library included).
         peak_mb: After the runs.
+        device_peak_mb: Of the GPU's memory, above what was in use before; None for an engine on the CPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -39,6 +40,7 @@ class ArtifactMemory(BaseModel):
     start_mb: float
     loaded_mb: float
     peak_mb: float
+    device_peak_mb: float | None = None
 
 
 def peak_rss_mb() -> float:
@@ -113,18 +115,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--inputs", type=Path, help="arrays by name (.npz); default: zeros, one sample")
     options = parser.parse_args(arguments)
     from compressor.runtimes.load import load
+    from compressor.runtimes.manifest import read_manifest
 
     start = peak_rss_mb()
     try:
-        driver = load(options.artifact)
-        loaded = peak_rss_mb()
-        inputs = dict(np.load(options.inputs, allow_pickle=False)) if options.inputs else example_inputs(driver.inputs)
-        for seed in range(options.runs):
-            driver(inputs, seed=seed)
+        device = str(read_manifest(options.artifact).target.get("device", "cpu"))
+        with watch_device_memory(device_memory_in_use(device)) as on_device:
+            driver = load(options.artifact)
+            loaded = peak_rss_mb()
+            given = dict(np.load(options.inputs, allow_pickle=False)) if options.inputs else None
+            inputs = given or example_inputs(driver.inputs)
+            for seed in range(options.runs):
+                driver(inputs, seed=seed)
     except CompressorError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    print(json.dumps({"start_mb": start, "loaded_mb": loaded, "peak_mb": peak_rss_mb()}))
+    device_peak = None if on_device.bytes is None else on_device.bytes / 1e6
+    figures = ArtifactMemory(start_mb=start, loaded_mb=loaded, peak_mb=peak_rss_mb(), device_peak_mb=device_peak)
+    print(figures.model_dump_json())
     return 0
 
 

@@ -112,6 +112,9 @@ class EngineEntry(_Entry):
     load_ms: float | None = None
     first_ms: float | None = None
     peak_memory_mb: float | None = None
+    """Of the host."""
+    peak_device_memory_mb: float | None = None
+    """Of the GPU, for engines that run on one."""
     latency: dict[str, dict[str, Latency]] = {}
     """One call of a graph: graph name, batch size, latency."""
     end_to_end: dict[str, Latency] = {}

@@ -278,13 +278,16 @@ def engine_table(report: Report) -> Table | None:
     if not report.engines:
         return None
     columns = [Column(name, False) for name in ("Model and engine", "Built by", "Precision", "State")]
-    columns += [Column(name) for name in ("Load, ms", "First call, ms", "Peak memory, MB")]
+    on_device = any(engine.peak_device_memory_mb is not None for engine in report.engines)
+    names = ("Load, ms", "First call, ms", "Peak memory, MB", *(("On the GPU, MB",) if on_device else ()))
+    columns += [Column(name) for name in names]
     rows = []
     for model in dict.fromkeys(engine.model for engine in report.engines):
         rows.append(Row([model, *[""] * (len(columns) - 1)], lead=True))
         for engine in (e for e in report.engines if e.model == model):
             state = "runs here" if engine.runnable else "built, not run here"
             starts = [format_ms(engine.load_ms), format_ms(engine.first_ms), format_number(engine.peak_memory_mb)]
+            starts += [format_number(engine.peak_device_memory_mb)] if on_device else []
             cells = [
                 engine.target,
                 engine.engine or engine.runtime or NONE,

@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from compressor.errors import RequestError, TargetError
+from compressor.profiles.device_memory import device_memory_in_use, watch_device_memory
 from compressor.profiles.machine import describe_machine
 from compressor.profiles.memory import example_inputs, measure_artifact_memory, peak_rss_mb
 from compressor.profiles.size import macs, parameter_count, total_bytes
+from compressor.runtimes.gpu import nvidia_gpu
 from compressor.runtimes.manifest import DriverEntry, Engine, GraphEntry, Manifest, hash_file
 from compressor.runtimes.runtime import Port, TensorSpec
 
@@ -35,7 +38,7 @@ def test_gpus_are_named_by_nvidia_smi_when_it_is_there(tmp_path, monkeypatch):
 
 
 def test_profiling_and_reports_do_not_import_torch():
-    modules = ("machine", "latency", "memory", "report", "report_html", "report_markdown", "size")
+    modules = ("machine", "latency", "memory", "device_memory", "report", "report_html", "report_markdown", "size")
     names = ", ".join(f"compressor.profiles.{module}" for module in modules)
     code = f"import sys, {names}; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -98,6 +101,37 @@ def test_memory_of_an_artifact_holds_at_least_its_weights(artifact):
     memory = measure_artifact_memory(artifact)
     assert memory.start_mb < memory.loaded_mb <= memory.peak_mb
     assert memory.peak_mb - memory.start_mb > 40
+    assert memory.device_peak_mb is None, "the engine runs on the CPU"
+
+
+def test_device_peak_is_the_largest_use_above_that_at_the_start():
+    held = [100]
+    with watch_device_memory(lambda: held[0]) as peak:
+        assert peak.bytes == 0
+        held[0] = 350
+        deadline = time.monotonic() + 10
+        while peak.bytes == 0 and time.monotonic() < deadline:
+            time.sleep(0.005)
+        held[0] = 120
+    assert peak.bytes == 250
+
+
+def test_devices_without_an_nvidia_gpu_have_no_peak():
+    assert device_memory_in_use("cpu") is None and device_memory_in_use("cuda:4096") is None
+    with watch_device_memory(None) as peak:
+        pass
+    assert peak.bytes is None
+
+
+@pytest.mark.skipif(nvidia_gpu() is None, reason="needs an NVIDIA GPU")
+def test_device_peak_holds_what_a_process_allocates_on_the_gpu():
+    torch = pytest.importorskip("torch")
+    torch.zeros(1, device="cuda")
+    with watch_device_memory(device_memory_in_use("cuda")) as peak:
+        torch.ones(64 << 20, device="cuda")
+        torch.cuda.synchronize()
+        time.sleep(0.01)
+    assert peak.bytes >= 256 << 20
 
 
 def test_memory_of_an_artifact_grows_with_the_given_inputs(artifact):

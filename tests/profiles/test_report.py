@@ -282,6 +282,16 @@ def test_parity_shows_the_worst_output_and_says_when_it_failed():
     assert facts.parity_text(engine("s", "t", 1.0, 1.0, parity=[])) == "–"
 
 
+def test_engines_show_the_memory_of_a_gpu_where_one_ran(report):
+    table = facts.engine_table(report)
+    assert "On the GPU, MB" not in [column.heading for column in table.columns]
+    report.engines[-1].peak_device_memory_mb = 2048.0
+    table = facts.engine_table(report)
+    place = [column.heading for column in table.columns].index("On the GPU, MB")
+    assert all(len(row.cells) == len(table.columns) for row in table.rows)
+    assert [row.cells[place] for row in table.rows].count("2,048") == 1
+
+
 def test_what_was_not_measured_lists_engines_that_did_not_run(report):
     assert facts.not_measured(report) == [
         "energy: no sensor",
