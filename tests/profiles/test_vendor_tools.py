@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from compressor.errors import CompressorError
@@ -38,6 +39,30 @@ def test_both_engines_are_measured_by_us_and_by_their_own_tools(tools: ModuleTyp
     for one in result["artifacts"].values():
         assert len(one["ours_ms"]) == len(one["theirs_ms"]) == 2
         assert 0.2 < one["ratio"] < 5, "the two clocks measure other things"
+
+
+def test_tools_of_nvidia_are_left_out_with_a_reason_where_they_cannot_run(tools: ModuleType) -> None:
+    targets, missing = tools.nvidia_targets()
+    assert len(targets) + len(missing) == 2
+    assert all("GPU" in reason or "PATH" in reason for reason in missing.values())
+
+
+def test_nvidia_tool_gets_the_same_arrays_and_its_latency_is_read(tools: ModuleType, tmp_path: Path) -> None:
+    """A script in its place that checks what it is given, and prints what trtexec 10 prints."""
+    program = tmp_path / "trtexec"
+    program.write_text(
+        f"#!{sys.executable}\nimport sys, numpy as np\n"
+        "given = dict(part.split('=', 1) for part in sys.argv[1:] if '=' in part)\n"
+        "name, _, file = given['--loadInputs'].partition(':')\n"
+        "assert given['--shapes'] == 'x:2x3' and name == 'x', given\n"
+        "assert np.fromfile(file, np.float32).tolist() == [0, 1, 2, 3, 4, 5]\n"
+        "for what, median in (('Enqueue Time', 0.11), ('Latency', 0.45), ('GPU Compute Time', 0.35)):\n"
+        "    times = f'min = 0.1 ms, max = 1.2 ms, mean = 0.5 ms, median = {median} ms, percentile(90%) = 0.6 ms'\n"
+        "    print(f'[12/01/2026-10:00:00] [I] {what}: {times}')\n"
+    )
+    program.chmod(0o755)
+    inputs = {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    assert tools.nvidia_tool(str(program))(tmp_path / "x.engine", inputs, 0.1)() == 0.45
 
 
 def test_tool_that_prints_no_median_is_an_error_that_names_it(tools: ModuleType) -> None:
