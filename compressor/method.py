@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from compressor.training.phase import Phases
     from compressor.training.random import Randomness
 
-__all__ = ["Context", "Method", "MethodConfig", "Needs", "Paper"]
+__all__ = ["Context", "Method", "MethodConfig", "Needs", "OneStudent", "Paper"]
+
+ConfigT = TypeVar("ConfigT", bound="MethodConfig")
 
 
 class MethodConfig(BaseModel):
@@ -145,3 +147,29 @@ class Method(Protocol):
     def deployables(self, ctx: Context) -> dict[str, Deployable]:
         """What is exported, by name, the main result first."""
         ...
+
+
+class OneStudent(Generic[ConfigT]):
+    """Base of methods whose result is one model, which ``phases`` leave in ``self._student``.
+
+    Args:
+        config: The method's configuration.
+
+    Attributes:
+        notes: Sentences for the report, which ``phases`` may add to.
+    """
+
+    def __init__(self, config: ConfigT) -> None:
+        self.config = config
+        self.notes: list[str] = []
+        self._student: Model | None = None
+
+    def student(self) -> Model:
+        """The trained student."""
+        if self._student is None:
+            raise RuntimeError("the phases have not run")
+        return self._student
+
+    def deployables(self, ctx: Context) -> dict[str, Deployable]:
+        """The student alone, as its task packs it: nothing else of the method remains."""
+        return {"student": ctx.task.deployable(self.student())}

@@ -17,11 +17,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressor.data.stream import Stream
-from compressor.deployable import Deployable
 from compressor.errors import RequestError
-from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.method import Context, MethodConfig, Needs, OneStudent, Paper
 from compressor.models.edits.fake_quantisation import EDIT, observed_ranges, plain, quantised_weights
-from compressor.models.model import Model
 from compressor.training.phase import Compute, Phases, Step, Train
 from compressor.training.self_distillation import SelfDistillationConfig, fine_tuning, given_model
 from compressor.training.training_config import make_optim, stream_key
@@ -44,8 +42,8 @@ class QATConfig(SelfDistillationConfig):
     """Batches that the activations' ranges are taken on."""
 
 
-class QAT:
-    """The method; see the module's docstring."""
+class QAT(OneStudent[QATConfig]):
+    """The method; see the module's docstring. Masks that the model came with hold in whatever trains it next."""
 
     name: ClassVar[str] = "qat"
     paper: ClassVar[Paper] = Paper(
@@ -66,11 +64,6 @@ class QAT:
         "teachers": {"teacher": "demo:scenes-cnn"},
         "data": {"train": "scenes"},
     }
-
-    def __init__(self, config: QATConfig) -> None:
-        self.config = config
-        self.notes: list[str] = []
-        self._student: Model | None = None
 
     def phases(self, ctx: Context) -> Phases:
         """Calibrate, then one fine-tuning against the model as it came."""
@@ -102,16 +95,6 @@ class QAT:
             key=[change.arguments for change in rounded.info.edits if change.name == EDIT],
         )
         self._student = plain(rounded)
-
-    def student(self) -> Model:
-        """The model with plain weights; masks that it came with hold in whatever trains it next."""
-        if self._student is None:
-            raise RuntimeError("the phases have not run")
-        return self._student
-
-    def deployables(self, ctx: Context) -> dict[str, Deployable]:
-        """The model as it was exported before."""
-        return {"student": ctx.task.deployable(self.student())}
 
     def _calibrate(self, module: nn.Module, stream: Stream, step: Step) -> dict[str, Tensor]:
         """Ranges of the layers' inputs, (2,) float64 each, on what the training asks."""

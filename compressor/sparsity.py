@@ -18,9 +18,8 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import nn
 
-from compressor.deployable import Deployable
 from compressor.errors import RequestError
-from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.method import Context, MethodConfig, Needs, OneStudent, Paper
 from compressor.models.edits.sparsity import fits_pattern, folded, masked_weights, weights_of
 from compressor.models.edits.weights import Weight
 from compressor.models.model import Model
@@ -133,8 +132,8 @@ def _grouped(names: Sequence[str]) -> str:
 # --- the method ------------------------------------------------------------------------------------------------------
 
 
-class Sparsity:
-    """The method; see the module's docstring."""
+class Sparsity(OneStudent[SparsityConfig]):
+    """The method; see the module's docstring. The student's masks hold in whatever trains it next."""
 
     name: ClassVar[str] = "sparsity"
     paper: ClassVar[Paper] = Paper(
@@ -155,11 +154,6 @@ class Sparsity:
         "teachers": {"teacher": "demo:digits-mmdit"},
         "data": {"train": "digits"},
     }
-
-    def __init__(self, config: SparsityConfig) -> None:
-        self.config = config
-        self.notes: list[str] = []
-        self._student: Model | None = None
 
     def phases(self, ctx: Context) -> Phases:
         """Mask, then one fine-tuning against the model as it came."""
@@ -183,16 +177,6 @@ class Sparsity:
             modes=[(self._student.module, "eval" if generates else "train"), (before.module, "eval")],
             key=key,
         )
-
-    def student(self) -> Model:
-        """The sparse model; its masks hold in whatever trains it next."""
-        if self._student is None:
-            raise RuntimeError("the phases have not run")
-        return self._student
-
-    def deployables(self, ctx: Context) -> dict[str, Deployable]:
-        """The model as it was exported before, with zeros among its weights."""
-        return {"student": ctx.task.deployable(self.student())}
 
     def _mask(self, ctx: Context, model: Model) -> tuple[Model, dict[str, str]]:
         """The masked model, and which weights stay dense for what reason."""

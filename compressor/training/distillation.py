@@ -9,11 +9,9 @@ from pydantic import Field
 from torch import nn
 
 from compressor.data.stream import Stream
-from compressor.deployable import Deployable
-from compressor.method import Context
+from compressor.method import Context, OneStudent
 from compressor.models.classifier import Classifier
 from compressor.models.image_network import ImageNetwork
-from compressor.models.model import Model
 from compressor.training.phase import Step, Train
 from compressor.training.supervised import Supervision
 from compressor.training.teacher_cache import TeacherLogits
@@ -31,26 +29,8 @@ class LogitTrainingConfig(TrainingConfig):
     """Use only the largest logits of a teacher, the rest evenly spread; None uses all."""
 
 
-class StudentMethod:
-    """Base of methods whose result is one student: a classifier, or what else the task makes of a model (a segmenter).
-
-    Args:
-        config: The method's configuration.
-    """
-
-    def __init__(self, config: Any) -> None:
-        self.config = config
-        self._student: Model | None = None
-
-    def student(self) -> Model:
-        """The trained student."""
-        if self._student is None:
-            raise RuntimeError("the phases have not run")
-        return self._student
-
-    def deployables(self, ctx: Context) -> dict[str, Deployable]:
-        """The student alone: nothing else of the method remains."""
-        return {"student": ctx.task.deployable(self.student())}
+class StudentMethod(OneStudent[Any]):
+    """Base of methods whose student is a classifier, or what else the task makes of a model (a segmenter)."""
 
     def start(self, ctx: Context) -> tuple[Any, list[Any]]:
         """The student, which fits the data, and the teachers: `ImageNetwork`s of the task's kind.

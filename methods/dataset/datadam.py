@@ -198,7 +198,6 @@ class DataDAM(StudentMethod):
 
     def __init__(self, config: DataDAMConfig) -> None:
         super().__init__(config)
-        self.notes: list[str] = []
         self._images: SyntheticImages | None = None
 
     @property

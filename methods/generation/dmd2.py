@@ -19,7 +19,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from compressor.data.stream import Batch
-from compressor.deployable import Deployable
 from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.discriminators import make_head
 from compressor.diffusion.rollout import backward_simulation, level_between, ode_samples, renoise
@@ -28,7 +27,7 @@ from compressor.errors import RequestError, nearest
 from compressor.losses.adversarial import non_saturating_losses
 from compressor.losses.precision import at_least_float32
 from compressor.losses.surrogate import gradient_as_loss
-from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.method import Context, MethodConfig, Needs, OneStudent, Paper
 from compressor.models.anatomy.blocks import BlockStack
 from compressor.models.edits.low_rank import adaptable, merged
 from compressor.models.model import Model
@@ -246,7 +245,7 @@ class DMD2Config(AttentionConfig):
     """Distribution matching with the GAN loss."""
 
 
-class DMD2:
+class DMD2(OneStudent[DMD2Config]):
     """The method; see the module's docstring."""
 
     name: ClassVar[str] = "dmd2"
@@ -277,10 +276,6 @@ class DMD2:
         },
     }
 
-    def __init__(self, config: DMD2Config) -> None:
-        self.config = config
-        self._student: Model | None = None
-
     def phases(self, ctx: Context) -> Phases:
         """Match distributions, then match them with the GAN, each with optimisers of its own."""
         task: Any = ctx.task
@@ -308,16 +303,6 @@ class DMD2:
         yield self._train("match", config.match, gan=False)
         yield self._train("adversarial", config.adversarial, gan=True)
         self._student = merged(self._student)
-
-    def student(self) -> Model:
-        """The generator."""
-        if self._student is None:
-            raise RuntimeError("the phases have not run")
-        return self._student
-
-    def deployables(self, ctx: Context) -> dict[str, Deployable]:
-        """The generator with its few-step sampler around it."""
-        return {"student": ctx.task.deployable(self.student())}
 
     def _adapted(self, student: Model) -> Model:
         """The generator, with adapters if the configuration wants them."""

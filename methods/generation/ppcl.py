@@ -20,13 +20,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressor.deployable import Deployable
 from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.noised_data import NoisedData, walk
 from compressor.diffusion.student_attention import AttentionConfig, with_attention
 from compressor.errors import RequestError
 from compressor.kernels import feature_distance
-from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.method import Context, MethodConfig, Needs, OneStudent, Paper
 from compressor.models.anatomy.blocks import Anchor, OwnBlock, State, block_stack
 from compressor.models.edits.blocks import can_prune_ffn, can_prune_text
 from compressor.models.edits.layout import (
@@ -276,7 +275,7 @@ class PPCLConfig(AttentionConfig):
     """Fine-tuning of the assembled network."""
 
 
-class PPCL:
+class PPCL(OneStudent[PPCLConfig]):
     """The method; see the module's docstring."""
 
     name: ClassVar[str] = "ppcl"
@@ -309,11 +308,6 @@ class PPCL:
         """What to change so that a student of the same plugs needs no gradient step: it is no longer fine-tuned."""
         return {stage: {**config[stage], "steps": 0} for stage in ("width", "finetune")}
 
-    def __init__(self, config: PPCLConfig) -> None:
-        self.config = config
-        self.notes: list[str] = []
-        self._student: Model | None = None
-
     def phases(self, ctx: Context) -> Phases:
         """Probe, cut, distil the plugs, survey, choose a layout, fit its maps, assemble, fine-tune."""
         task: Any = ctx.task
@@ -341,16 +335,6 @@ class PPCL:
         if config.width.steps and any(slot.narrow for slot in slots):
             yield self._train_width(Denoiser(student), slots)
         yield self._finetune(Denoiser(student), slots)
-
-    def student(self) -> Model:
-        """The assembled network."""
-        if self._student is None:
-            raise RuntimeError("the phases have not run")
-        return self._student
-
-    def deployables(self, ctx: Context) -> dict[str, Deployable]:
-        """The student's denoiser with the sampler around it."""
-        return {"student": ctx.task.deployable(self.student())}
 
     # -- stage 1 --
 

@@ -12,13 +12,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from compressor.deployable import Deployable
 from compressor.diffusion.denoiser import Denoiser
 from compressor.diffusion.noised_data import NoisedData
 from compressor.errors import RequestError
-from compressor.method import Context, MethodConfig, Needs, Paper
+from compressor.method import Context, MethodConfig, Needs, OneStudent, Paper
 from compressor.models.anatomy.blocks import block_stack
-from compressor.models.model import Model, edit
+from compressor.models.model import edit
 from compressor.training.curves import cosine
 from compressor.training.phase import Optim, Phases, Train, Update
 
@@ -61,7 +60,7 @@ class Config(MethodConfig):
     """Samples a step and process."""
 
 
-class DropBlocks:
+class DropBlocks(OneStudent[Config]):
     """The method; see the module's docstring."""
 
     name: ClassVar[str] = "drop-blocks"
@@ -79,10 +78,6 @@ class DropBlocks:
         "teachers": {"teacher": "demo:digits-mmdit"},
         "data": {"train": "digits"},
     }
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._student: Model | None = None
 
     def phases(self, ctx: Context) -> Phases:
         """One phase of gradient steps; a method with probes or mining yields `Compute`s between its `Train`s."""
@@ -109,16 +104,6 @@ class DropBlocks:
             state={"student": student.module},
             key=blocks,
         )
-
-    def student(self) -> Model:
-        """The shortened network, for the next method of a chain and for `run/student`."""
-        if self._student is None:
-            raise RuntimeError("the phases have not run")
-        return self._student
-
-    def deployables(self, ctx: Context) -> dict[str, Deployable]:
-        """What is exported: the task knows how such a model is packed."""
-        return {"student": ctx.task.deployable(self.student())}
 
 
 METHOD = DropBlocks

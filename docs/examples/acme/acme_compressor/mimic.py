@@ -11,9 +11,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import Field
 
-from compressor.deployable import Deployable
-from compressor.method import Context, MethodConfig, Needs, Paper
-from compressor.models.model import Model
+from compressor.method import Context, MethodConfig, Needs, OneStudent, Paper
 from compressor.training.phase import Optim, Phases, Train, Update
 
 __all__ = ["METHOD"]
@@ -28,7 +26,7 @@ class Config(MethodConfig):
     """Weight of the teacher's output; the clean image gets the rest."""
 
 
-class Mimic:
+class Mimic(OneStudent[Config]):
     """The method; see the module's docstring."""
 
     name: ClassVar[str] = "mimic"
@@ -46,10 +44,6 @@ class Mimic:
         "students": {"student": "python:acme_compressor.denoisers:small"},
         "data": {"train": "digits"},
     }
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-        self._student: Model | None = None
 
     def phases(self, ctx: Context) -> Phases:
         """One phase of gradient steps."""
@@ -69,16 +63,6 @@ class Mimic:
         optimizer = Optim(student.module.parameters(), lr=2e-3)
         streams, left = {"train": ctx.stream("train", 64)}, {"student": student.module}
         yield Train("mimic", self.config.steps, {"student": optimizer}, streams, step, left)
-
-    def student(self) -> Model:
-        """The trained student."""
-        if self._student is None:
-            raise RuntimeError("the phases have not run")
-        return self._student
-
-    def deployables(self, ctx: Context) -> dict[str, Deployable]:
-        """The student alone."""
-        return {"student": ctx.task.deployable(self.student())}
 
 
 METHOD = Mimic
