@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import ModelProto, TensorProto, numpy_helper
 
+from compressor.exporters.model_file import values_of
 from compressor.runtimes.runtime import Array
 
 __all__ = ["FLOAT8_MAX", "to_float8"]
@@ -16,7 +17,7 @@ FLOAT8_MAX = 448.0
 _INT8_MAX = 127.0
 
 
-def to_float8(model: ModelProto, weights: Mapping[str, Array]) -> ModelProto:
+def to_float8(model: ModelProto, weights: Mapping[str, TensorProto]) -> ModelProto:
     """Replace 8-bit integers by 8-bit floats of the same range.
 
     A scale keeps its meaning, the range over the largest value of the type. Weights are rounded anew from what they
@@ -47,7 +48,7 @@ def to_float8(model: ModelProto, weights: Mapping[str, Array]) -> ModelProto:
         weight = constants.get(node.input[0])
         if weight is not None and weight.name not in done:
             done.add(weight.name)
-            exact = weights[weight.name.removesuffix("_quantized")]
+            exact = values_of(weights[weight.name.removesuffix("_quantized")])
             weight.CopyFrom(_float8(exact / numpy_helper.to_array(scale), weight.name))
     del result.graph.value_info[:]
     return result

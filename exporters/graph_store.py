@@ -13,7 +13,8 @@ from compressor.errors import ArtifactError
 from compressor.exporters.fingerprint import graph_fingerprint, records_fingerprint
 from compressor.exporters.half_arithmetic import judge_of, rounding_graph
 from compressor.exporters.interpreter import Interpreter
-from compressor.exporters.onnx_graph import OnnxGraph, export_onnx, write_model
+from compressor.exporters.model_file import write_model
+from compressor.exporters.onnx_graph import OnnxGraph, export_onnx
 from compressor.exporters.parity import TOLERANCES, compare, worst
 from compressor.exporters.precision import convert_to_half
 from compressor.exporters.typed_graph import FLOAT16, Half
@@ -36,7 +37,7 @@ class StoredHalf:
 
 
 class GraphStore:
-    """Exports graphs, or takes them from a folder where they were exported before.
+    """Exports graphs, or takes them from a folder where they were exported before; weights lie beside them there.
 
     Args:
         folder: Where the graphs lie; made as needed.
@@ -50,7 +51,7 @@ class GraphStore:
         place = self.folder / f"{graph_fingerprint(graph)}-fp32"
         if not (place / _GRAPH).is_file():
             with atomic_directory(place) as temporary:
-                export_onnx(graph, temporary / _GRAPH, name=name)
+                export_onnx(graph, temporary / _GRAPH, name=name, inline_limit=0)
         return OnnxGraph.read(place / _GRAPH)
 
     def half(
@@ -69,7 +70,7 @@ class GraphStore:
             run = Interpreter(rounding_graph(converted.model, kind))
             found_parity = _parity(run, records, references, kind.precision, judge_of(kind))
             with atomic_directory(place) as temporary:
-                write_model(converted.model, temporary / _GRAPH)
+                write_model(converted.model, temporary / _GRAPH, inline_limit=0)
                 found = [island.model_dump(mode="json") for island in converted.islands]
                 judged = found_parity.model_dump(mode="json")
                 write_json(temporary / _SEARCH, {"islands": found, "parity": judged, "kept": dict(converted.kept)})

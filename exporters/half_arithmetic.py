@@ -10,6 +10,7 @@ from __future__ import annotations
 from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_node
 
+from compressor.exporters.model_file import is_stored, unrounded
 from compressor.exporters.onnx_graph import OPSET
 from compressor.exporters.typed_graph import FLOAT16, MOVES, Half
 
@@ -41,15 +42,37 @@ def rounding_graph(typed: ModelProto, kind: Half = FLOAT16) -> ModelProto:
             item.version = min(item.version, OPSET)  # in float32 it is the graph that was exported
     graph = result.graph
     half = {tensor.name for tensor in graph.initializer if tensor.data_type == kind.onnx}
+    nodes: list[NodeProto] = []
     for tensor in graph.initializer:
         if tensor.name in half:
-            tensor.CopyFrom(numpy_helper.from_array(kind.array(tensor), tensor.name))
-    nodes: list[NodeProto] = []
+            nodes += _widened(tensor, kind)
     for source in typed.graph.node:
         nodes += _rounded(source, half, kind)
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
     return result
+
+
+def _widened(tensor: TensorProto, kind: Half) -> list[NodeProto]:
+    """Make a half constant float32; one that lies in a file is read there at every run, and nodes do it."""
+    name = tensor.name
+    if not is_stored(tensor):
+        tensor.CopyFrom(numpy_helper.from_array(kind.array(tensor), name))
+        return []
+    exact = unrounded(tensor, f"{name}__exact")
+    if exact is None:
+        tensor.name = f"{name}__half"
+        return [make_node("Cast", [tensor.name], [name], to=TensorProto.FLOAT)]
+    tensor.CopyFrom(exact)
+    return _rounding(name, kind)
+
+
+def _rounding(name: str, kind: Half) -> list[NodeProto]:
+    """Nodes that make a value of the one called ``NAME__exact``."""
+    return [
+        make_node("Cast", [f"{name}__exact"], [f"{name}__rounded"], to=kind.onnx),
+        make_node("Cast", [f"{name}__rounded"], [name], to=TensorProto.FLOAT),
+    ]
 
 
 def _rounded(source: NodeProto, half: set[str], kind: Half) -> list[NodeProto]:
@@ -75,8 +98,7 @@ def _rounded(source: NodeProto, half: set[str], kind: Half) -> list[NodeProto]:
             continue
         half.add(name)
         node.output[place] = f"{name}__exact"
-        nodes.append(make_node("Cast", [f"{name}__exact"], [f"{name}__rounded"], to=kind.onnx))
-        nodes.append(make_node("Cast", [f"{name}__rounded"], [name], to=TensorProto.FLOAT))
+        nodes += _rounding(name, kind)
     return nodes
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from compressor.errors import ArtifactError
 from compressor.runtimes.runtime import Array
 
 if TYPE_CHECKING:
-    from onnx import ModelProto
+    from onnx import ModelProto, TensorProto
 
 __all__ = ["Interpreter"]
 
@@ -33,13 +36,16 @@ class Interpreter:
     def __init__(self, model: Path | ModelProto, threads: int = 0) -> None:
         try:
             if importlib.util.find_spec("onnxruntime") is not None:
-                self._session, self.name = _session(model, threads), "ONNX Runtime"
+                self._session, self._weights = _session(model, threads)
+                self.name = "ONNX Runtime"
                 self._outputs = [tensor.name for tensor in self._session.get_outputs()]
                 self._inputs = {tensor.name for tensor in self._session.get_inputs()}
             else:
                 from onnx.reference import ReferenceEvaluator
 
-                given = str(model) if isinstance(model, Path) else model
+                from compressor.exporters.model_file import filled
+
+                given = str(model) if isinstance(model, Path) else filled(model)
                 self._session, self.name = ReferenceEvaluator(given), "ONNX's reference evaluator"
                 self._outputs, self._inputs = list(self._session.output_names), set(self._session.input_names)
         except Exception as error:  # both raise many types
@@ -55,16 +61,39 @@ class Interpreter:
         return dict(zip(names, values, strict=True))
 
 
-def _session(model: Path | ModelProto, threads: int) -> Any:
+def _session(model: Path | ModelProto, threads: int) -> tuple[Any, list[Array]]:
+    """A session, and the weights that it reads where they lie: they must live as long."""
     import onnxruntime
+
+    from compressor.exporters.model_file import without_weights
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if threads:
         options.intra_op_num_threads = threads
-    given = str(model) if isinstance(model, Path) else model.SerializeToString()
-    return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    providers, weights = ["CPUExecutionProvider"], dict[str, Array]()
+    if isinstance(model, Path):
+        return onnxruntime.InferenceSession(str(model), options, providers=providers), []
+    light, taken = without_weights(model)
+    for name, tensor in taken.items():
+        weights[name] = _carried(tensor)
+    values = [
+        onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, taken[name].data_type)
+        for name, array in weights.items()
+    ]
+    options.add_external_initializers(list(weights), values)
+    session = onnxruntime.InferenceSession(light.SerializeToString(), options, providers=providers)
+    return session, list(weights.values())
+
+
+def _carried(tensor: TensorProto) -> Array:
+    """A tensor's bytes as whole numbers of its width: numpy has not all of ONNX's types."""
+    from compressor.exporters.model_file import size_of, stored_bits
+
+    shape = tuple(tensor.dims)
+    width = size_of(tensor) // math.prod(shape)
+    return stored_bits(tensor).view(np.dtype(f"u{width}")).reshape(shape)
 
 
 def _first_line(error: Exception) -> str:

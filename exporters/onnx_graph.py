@@ -19,6 +19,7 @@ from compressor.deployable import Graph
 from compressor.errors import ArtifactError, CompressorError, RequestError
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.layers import LAYER_KEY
+from compressor.exporters.model_file import read_model, with_weights_beside, write_model
 from compressor.exporters.parity import TOLERANCES, compare
 from compressor.exporters.torchscript_route import ROUTE_KEY, TORCHSCRIPT, other_values, trace_torchscript
 from compressor.runtimes.runtime import Array, TensorSpec
@@ -29,10 +30,9 @@ if TYPE_CHECKING:
 
     from compressor.exporters.replacements import Replacement
 
-__all__ = ["OPSET", "OnnxGraph", "evaluation_form", "export_onnx", "module_outputs", "write_model"]
+__all__ = ["OPSET", "OnnxGraph", "evaluation_form", "export_onnx", "module_outputs"]
 
 OPSET = 20
-_INLINE_LIMIT = 1_500_000_000
 
 
 @dataclass(frozen=True)
@@ -71,14 +71,17 @@ class OnnxGraph:
         return path if path.is_file() else None
 
     def load(self) -> ModelProto:
-        """The graph in memory, with its weights."""
-        import onnx
-
-        return onnx.load(str(self.path))
+        """The graph in memory; weights in a side file stay there (`model_file`)."""
+        return read_model(self.path)
 
 
 def export_onnx(
-    graph: Graph, path: Path, *, name: str = "graph", replacements: list[Replacement] | None = None
+    graph: Graph,
+    path: Path,
+    *,
+    name: str = "graph",
+    replacements: list[Replacement] | None = None,
+    inline_limit: int | None = None,
 ) -> OnnxGraph:
     """Export a graph to ONNX in float32 and verify it: valid, equal to the module, dynamic where declared.
 
@@ -89,6 +92,7 @@ def export_onnx(
         path: The file to write.
         name: What the graph is called in messages.
         replacements: Export-time replacements; None means all registered.
+        inline_limit: Bytes of weights above which they lie in a file beside the graph; 1.5 GB by default.
 
     Returns:
         The exported graph.
@@ -102,9 +106,10 @@ def export_onnx(
     with evaluation_form(graph) as plain, _quiet():
         _check_example(plain, name)
         with replaced(plain.module, plain.inputs, replacements):
-            model = _convert(plain, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            model = _convert(plain, name, path, inline_limit)
         _name_axes(model, plain)
-        write_model(model, path)
+        write_model(model, path, inline_limit)
         exported = OnnxGraph.read(path)
         _verify(exported, plain, name)
     return exported
@@ -174,20 +179,6 @@ def module_outputs(graph: Graph, inputs: Mapping[str, Array], name: str = "graph
     return {key: value.numpy() for key, value in zip(graph.outputs, values, strict=True)}
 
 
-def write_model(model: ModelProto, path: Path) -> None:
-    """Write one ONNX file; weights go into ``NAME.data`` beside it above 1.5 GB. The model keeps its weights."""
-    import onnx
-    from onnx.external_data_helper import load_external_data_for_model
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    large = sum(len(tensor.raw_data) for tensor in model.graph.initializer) > _INLINE_LIMIT
-    onnx.save_model(
-        model, str(path), save_as_external_data=large, all_tensors_to_one_file=True, location=path.name + ".data"
-    )
-    if large:  # saving has moved them out of the model in memory
-        load_external_data_for_model(model, str(path.parent))
-
-
 def _check_example(graph: Graph, name: str) -> None:
     unknown = [key for key in graph.dynamic if key not in graph.inputs]
     if unknown:
@@ -221,7 +212,7 @@ def _unlike(first: Array, second: Array) -> bool:
     return not compare({"": first}, {"": second}, TOLERANCES["fp32"], "").relative <= TOLERANCES["fp32"]
 
 
-def _convert(graph: Graph, name: str) -> ModelProto:
+def _convert(graph: Graph, name: str, path: Path, inline_limit: int | None) -> ModelProto:
     import torch
 
     from compressor.exporters.complex_values import in_real_pairs
@@ -260,7 +251,7 @@ def _convert(graph: Graph, name: str) -> ModelProto:
         if traced is None:
             raise ArtifactError(f"graph {name!r} cannot be exported to ONNX: {_explain(error)}") from error
         return traced
-    return _cleaned(result.model_proto)  # type: ignore[union-attr]
+    return _cleaned(with_weights_beside(result.model, path, inline_limit))  # type: ignore[union-attr]
 
 
 def _traced(graph: Graph) -> ModelProto | None:

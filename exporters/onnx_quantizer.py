@@ -8,14 +8,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto, TensorProto, numpy_helper
+from onnx import ModelProto, TensorProto
 
 from compressor.exporters.artifact import Source
 from compressor.exporters.float8_graph import to_float8
 from compressor.exporters.half_arithmetic import rounding_graph
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.layers import layer_of
-from compressor.exporters.onnx_graph import OnnxGraph, write_model
+from compressor.exporters.model_file import values_of, write_model
+from compressor.exporters.onnx_graph import OnnxGraph
 from compressor.exporters.quantization import QdqQuantizer, QdqScheme
 from compressor.exporters.quantized_export import Account
 from compressor.exporters.typed_graph import FLOAT16, MOVES, float_values, normalised, type_graph
@@ -130,7 +131,7 @@ class OnnxQuantizer:
     def _make(self, back: Mapping[str, str]) -> ModelProto:
         model = self._quantizer.quantize(self._quantizer.choose(self._refused | dict(back)))
         if self._target.precision == "fp8":
-            weights = {t.name: numpy_helper.to_array(t) for t in self.model.graph.initializer}
+            weights = {t.name: t for t in self.model.graph.initializer}
             model = to_float8(model, weights)
         if self._target.rest == "fp16":
             model = normalised(model)
@@ -143,7 +144,7 @@ def _fine_pairs(model: ModelProto) -> set[str]:
     fine = {
         tensor.name
         for tensor in model.graph.initializer
-        if tensor.data_type == TensorProto.FLOAT and _smallest(numpy_helper.to_array(tensor)) < FLOAT16.smallest
+        if tensor.data_type == TensorProto.FLOAT and _smallest(values_of(tensor)) < FLOAT16.smallest
     }
     pairs = [node for node in model.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
     return {node.name for node in pairs if node.input[1] in fine}
@@ -164,6 +165,7 @@ def _kernels(model: ModelProto) -> tuple[dict[str, int], set[str]]:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         options.optimized_model_filepath = str(chosen)
+        options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "chosen.data")
         onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         graph = onnx.load(str(chosen), load_external_data=False).graph
     rounded = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from compressor.exporters.artifact import Built, Source
-from compressor.exporters.onnx_graph import write_model
+from compressor.exporters.model_file import write_model
 from compressor.exporters.sparse_weights import count_zeros
 from compressor.profiles.target import Target
 from compressor.runtimes.manifest import Engine

@@ -11,13 +11,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto
 
 from compressor.errors import RequestError
 from compressor.exporters.half_arithmetic import JUDGE, rounding_graph
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.island_search import find_inaccurate, measure_peaks
 from compressor.exporters.layers import layer_of
+from compressor.exporters.model_file import values_of
 from compressor.exporters.parity import TOLERANCES, compare
 from compressor.exporters.typed_graph import FLOAT16, MOVES, Half, float_inputs, float_values, normalised, type_graph
 from compressor.runtimes.manifest import Island
@@ -47,6 +48,8 @@ KINDS = frozenset({
 })  # fmt: skip
 """Operators that start in float32."""
 
+_FEW = 16
+"""Values of a constant that may be an epsilon."""
 _SCALES = frozenset({"Sqrt", "Reciprocal", "ReduceMean", "ReduceSum", "ReduceL2", "Div"})
 _ELEMENTWISE = frozenset({
     "Add", "Sub", "Mul", "Div", "Neg", "Abs", "Sigmoid", "Tanh", "Relu", "Clip", "Min", "Max", "Where",
@@ -199,13 +202,18 @@ def _spread(model: ModelProto, reasons: dict[str, str]) -> None:
 
 def _breaks_in_half(tensor: TensorProto, kind: Half) -> bool:
     """True for a constant that overflows in half, or a small one (an epsilon) of which a value vanishes."""
-    array = np.abs(numpy_helper.to_array(tensor))
+    values = values_of(tensor)
+    if values.size > _FEW:
+        largest = max(float(values.max()), -float(values.min()))
+        if np.isfinite(largest):
+            return largest > kind.largest
+    array = np.abs(values)
     finite = array[np.isfinite(array)]
     if finite.size == 0:
         return False
     if float(finite.max()) > kind.largest:
         return True
-    return bool(array.size <= 16 and ((finite > 0) & (finite < kind.smallest)).any())
+    return bool(array.size <= _FEW and ((finite > 0) & (finite < kind.smallest)).any())
 
 
 def _islands(model: ModelProto, reasons: Mapping[str, str], peaks: Mapping[str, float]) -> tuple[Island, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 from onnx import ModelProto, NodeProto
 
 from compressor.errors import ArtifactError
-from compressor.exporters.onnx_graph import write_model
+from compressor.exporters.model_file import filled, write_model
 from compressor.exporters.quantized_operators import QuantizedOperators, choose_operators
 from compressor.exporters.typed_graph import normalised
 from compressor.profiles.target import Calibration
@@ -84,11 +84,14 @@ class QdqQuantizer:
         """The graph with quantised operators; the float graph itself where none is chosen."""
         from onnxruntime.quantization import QuantType
         from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+        from onnxruntime.quantization.quant_utils import add_infer_metadata
 
-        result = ModelProto()
-        result.CopyFrom(self.model)
         if not chosen.products:
+            result = ModelProto()
+            result.CopyFrom(self.model)
             return result
+        result = filled(self.model)  # the quantiser reads and replaces weights in memory
+        add_infer_metadata(result)  # its types are known; the quantiser would copy it twice to infer them again
         options = {
             "ActivationSymmetric": self.scheme.symmetric,
             "WeightSymmetric": True,

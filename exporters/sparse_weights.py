@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto
 
+from compressor.exporters.model_file import values_of
 from compressor.runtimes.runtime import Array
 
 __all__ = ["WeightZeros", "count_zeros"]
@@ -56,7 +57,7 @@ def _outputs_first(node: NodeProto, constants: Mapping[str, TensorProto]) -> Arr
     """A node's constant weight as (outputs, inputs, ...); None where it has none of that form."""
     if node.input[1] not in constants:
         return None
-    weight = numpy_helper.to_array(constants[node.input[1]])
+    weight = values_of(constants[node.input[1]])
     if node.op_type == "Conv":
         return weight
     if weight.ndim != 2:

@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_attribute, make_node
 
 from compressor.errors import ArtifactError
+from compressor.exporters.model_file import check_model, infer_types, rounded
 from compressor.runtimes.runtime import Array
 
 __all__ = [
@@ -42,15 +42,8 @@ class Half:
 
     def tensor(self, array: Array, name: str = "") -> TensorProto:
         """A float32 array as a tensor of this type, rounded to the nearest, to even between two."""
-        if self.onnx == TensorProto.FLOAT16:
-            with np.errstate(over="ignore"):  # overflows are for the judge to find
-                return numpy_helper.from_array(array.astype(np.float16), name)
-        bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-        rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        rounded = np.where(np.isnan(array), np.uint32(0x7FC0), rounded).astype(np.uint16)
-        made = TensorProto(name=name, data_type=self.onnx, raw_data=rounded.tobytes())
-        made.dims.extend(array.shape)
-        return made
+        plain = numpy_helper.from_array(np.ascontiguousarray(array, np.float32).reshape(array.shape))
+        return rounded(plain, self.onnx, name)
 
     def array(self, tensor: TensorProto) -> Array:
         """A tensor of this type as float32."""
@@ -98,7 +91,8 @@ def normalised(model: ModelProto) -> ModelProto:
     nodes = [NodeProto.FromString(node.SerializeToString()) for node in kept]
     del graph.node[:]
     graph.node.extend(nodes)
-    return onnx.shape_inference.infer_shapes(result)
+    infer_types(result)
+    return result
 
 
 def float_values(graph: GraphProto) -> set[str]:
@@ -131,7 +125,7 @@ def type_graph(model: ModelProto, keep: Collection[str], kind: Half = FLOAT16) -
     if kind is BFLOAT16:
         _set_opset(typed, _BFLOAT16_OPSET)
     try:
-        onnx.checker.check_model(typed, full_check=True)
+        check_model(typed)
     except Exception as error:  # checker and inference raise their own types
         raise ArtifactError(f"the half-precision graph is not valid: {str(error).strip().splitlines()[0]}") from error
     return typed
@@ -202,7 +196,7 @@ class _Typing:
         made = f"{name}_half" if half else f"{name}_float"
         self.casts[name, half] = made
         if name in self.constants:
-            self.made.append(self.kind.tensor(numpy_helper.to_array(self.constants[name]), made))
+            self.made.append(rounded(self.constants[name], self.kind.onnx, made))
         else:
             kind = self.kind.onnx if half else TensorProto.FLOAT
             self.nodes.append(make_node("Cast", [name], [made], f"{made}_cast", to=kind))

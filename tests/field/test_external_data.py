@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from compressor.errors import ArtifactError
-from compressor.exporters import onnx_graph
+from compressor.exporters import model_file
 from compressor.exporters.bundle import write_bundle
 from compressor.runtimes.load import load, load_graphs
 from compressor.runtimes.manifest import hash_file, read_manifest
@@ -25,7 +25,7 @@ def test_small_model_is_one_file(exported):
 
 
 def test_side_file_of_a_large_model_is_listed_hashed_and_missed(exported, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_graph, "_INLINE_LIMIT", 100)
+    monkeypatch.setattr(model_file, "INLINE_LIMIT", 100)
     torch.manual_seed(0)
     module = nn.Linear(64, 64).eval()
     made = exported(module, {"input": torch.rand(2, 64)})

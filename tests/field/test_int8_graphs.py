@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from compressor.exporters import onnx_graph
+from compressor.exporters import model_file
 
 
 def upsampler() -> nn.Module:
@@ -30,7 +30,7 @@ def test_grouped_upsampler_is_quantised_on_the_right_axis_or_left_in_float(expor
 
 
 def test_weights_in_a_side_file_stay_there_when_they_are_quantised(exported, monkeypatch):
-    monkeypatch.setattr(onnx_graph, "_INLINE_LIMIT", 1000)
+    monkeypatch.setattr(model_file, "INLINE_LIMIT", 1000)
     torch.manual_seed(0)
     module, rows = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval(), torch.randn(32, 64)
     made = exported(module, {"input": rows}, "ort-int8")
