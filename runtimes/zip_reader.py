@@ -188,15 +188,20 @@ class ZipReader:
         end = self._size - room + found
         if found + _END.size + comment != len(tail):
             self._refuse("it has bytes behind its end")
-        if _UNKNOWN16 in (here, count) or _UNKNOWN32 in (size, start):
-            if end < _END64_LOCATOR.size:
+        before = self._at(max(0, end - _END64_LOCATOR.size), min(end, _END64_LOCATOR.size))
+        # writers add the 64-bit end from 2 GB on, where the values still fit into the other one
+        if before.startswith(b"PK\x06\x07") or _UNKNOWN16 in (here, count) or _UNKNOWN32 in (size, start):
+            narrow = ((here, _UNKNOWN16), (count, _UNKNOWN16), (size, _UNKNOWN32), (start, _UNKNOWN32))
+            if len(before) < _END64_LOCATOR.size:
                 self._refuse("its list of files is not where it says")
-            mark, disk, place, _ = _END64_LOCATOR.unpack(self._at(end - _END64_LOCATOR.size, _END64_LOCATOR.size))
+            mark, disk, place, _ = _END64_LOCATOR.unpack(before)
             if mark != b"PK\x06\x07" or place + _END64.size + _END64_LOCATOR.size != end:
                 self._refuse("its list of files is not where it says")
             mark, _, _, _, disk, first, here, count, size, start = _END64.unpack(self._at(place, _END64.size))
             end = place
-            if mark != b"PK\x06\x06":
+            wide = (here, count, size, start)
+            agree = all(value in (known, none) for (value, none), known in zip(narrow, wide, strict=True))
+            if mark != b"PK\x06\x06" or not agree:
                 self._refuse("its list of files is not where it says")
         if disk or first or here != count:
             self._refuse("it is one part of several")

@@ -18,6 +18,7 @@ from compressor.exporters.licence import licence_note
 from compressor.runtimes import load
 from compressor.runtimes.bundle import check_bundle, read_bundle
 from compressor.runtimes.manifest import hash_file, read_manifest
+from compressor.runtimes.zip_reader import Limits
 from tests.small_artifacts import LABELS, classifier, generator, segmenter
 
 
@@ -213,3 +214,26 @@ def test_licence_note_says_what_the_teacher_s_files_say(tmp_path: Path) -> None:
 
 def test_licence_of_a_timm_teacher_is_its_catalogue_s() -> None:
     assert "timm:resnet18.a1_in1k: apache-2.0" in licence_note({"teachers": {"teacher": "timm:resnet18.a1_in1k"}})
+
+
+def test_bundle_in_which_zip_uses_its_64_bit_form_is_read(artifact, tmp_path, monkeypatch):
+    limit = 50_000
+    for name in ("first.bin", "second.bin"):
+        (artifact / name).write_bytes(np.random.default_rng(0).bytes(limit - 1000))
+        change(artifact, lambda manifest, name=name: manifest["files"].update({name: hash_file(artifact / name)}))
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", limit)  # it is 2 GB: the archive is beyond it, no file is
+    made = write_bundle(artifact, tmp_path / "model.zip")
+    data = (tmp_path / "model.zip").read_bytes()
+    assert b"PK\x06\x06" in data and b"PK\x06\x07" in data
+    assert check_bundle(tmp_path / "model.zip") == made
+    end = data.rindex(b"PK\x05\x06")
+    (tmp_path / "two.zip").write_bytes(data[: end + 16] + b"\x01\0\0\0" + data[end + 20 :])
+    with pytest.raises(ArtifactError, match="list of files is not where it says"):
+        check_bundle(tmp_path / "two.zip")
+
+
+def test_bundle_over_the_limit_of_its_reader_is_refused_by_size(artifact, tmp_path):
+    write_bundle(artifact, tmp_path / "model.zip")
+    with pytest.raises(ArtifactError, match=r"it unpacks to .* GB; the limit is") as caught:
+        check_bundle(tmp_path / "model.zip", Limits(total_bytes=100))
+    assert "\n" not in str(caught.value)
