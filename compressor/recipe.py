@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from compressor.atomic import write_text
 from compressor.errors import RequestError, nearest
 from compressor.plain_yaml import YAMLError, dump_yaml, load_yaml
-from compressor.validation import one_line
+from compressor.validation import one_line, validated
 
 if TYPE_CHECKING:
     from compressor.method import Method
@@ -83,10 +83,7 @@ class MethodEntry(_Section):
         from compressor.registry import load_method
 
         method = load_method(self.name)
-        try:
-            return method(method.Config.model_validate(self.config))
-        except ValidationError as error:
-            raise RequestError(one_line(error, method.Config, prefix=self.name)) from error
+        return method(validated(method.Config, self.config, prefix=self.name))
 
 
 class Evaluation(_Section):
@@ -188,10 +185,7 @@ class Recipe(_Section):
         Raises:
             RequestError: One line that names the key, the value and what is allowed.
         """
-        try:
-            return cls.model_validate(dict(values))
-        except ValidationError as error:
-            raise RequestError(one_line(error, cls)) from error
+        return validated(cls, values)
 
     @classmethod
     def from_yaml(cls, path: Path) -> Recipe:
@@ -283,10 +277,7 @@ def load_recipe_target(entry: str | Mapping[str, Any]) -> Target:
     if "base" in entry:
         changes = {key: value for key, value in entry.items() if key != "base"}
         return with_overrides(load_target(str(entry["base"])), dict(_flat(changes)))
-    try:
-        target = Target.model_validate(dict(entry))
-    except ValidationError as error:
-        raise RequestError(one_line(error, Target, prefix="targets")) from error
+    target = validated(Target, entry, prefix="targets")
     return target if target.name else target.model_copy(update={"name": f"{target.runtime}-{target.precision}"})
 
 

@@ -16,7 +16,7 @@ from compressor.method import Needs
 from compressor.plain_yaml import YAMLError, load_yaml
 from compressor.recipe import Recipe, load_recipe_target
 from compressor.registry import load_method, method_names
-from compressor.validation import field_at, key_paths, one_line
+from compressor.validation import field_at, key_paths, one_line, validated
 
 __all__ = ["Flags", "default_config", "default_recipe", "difference", "parse_settings", "resolve"]
 
@@ -62,7 +62,7 @@ def resolve(written: Recipe, flags: Flags) -> Recipe:
     for setting in flags.settings:
         _apply_setting(setting, values, entries, classes)
     for entry, method in zip(entries, classes, strict=True):
-        entry["config"] = _full_config(method, entry["config"])
+        entry["config"] = validated(method.Config, entry["config"], prefix=method.name).model_dump(mode="json")
     values["methods"] = entries
     values.setdefault("task", classes[0].needs.tasks[0])
     recipe = Recipe.parse(values)
@@ -176,14 +176,6 @@ def default_config(method: MethodClass, *, own_data: bool = True) -> dict[str, A
             raise RequestError(f"the default recipe of the method {method.name!r} is wrong: {line}") from error
         return given
     return values
-
-
-def _full_config(method: MethodClass, values: Mapping[str, Any]) -> dict[str, Any]:
-    try:
-        full: dict[str, Any] = method.Config.model_validate(values).model_dump(mode="json")
-    except ValidationError as error:
-        raise RequestError(one_line(error, method.Config, prefix=method.name)) from error
-    return full
 
 
 # --- flags -----------------------------------------------------------------------------------------------------------

@@ -5,16 +5,35 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from compressor.errors import nearest
+from compressor.errors import RequestError, nearest
 
-__all__ = ["field_at", "key_paths", "one_line"]
+__all__ = ["field_at", "key_paths", "one_line", "validated"]
+
+Validated = TypeVar("Validated", bound=BaseModel)
 
 SHOWN_VALUE = 60
 """Characters of a wrong value that are shown."""
+
+
+def validated(model: type[Validated], values: Mapping[str, Any], *, prefix: str = "") -> Validated:
+    """Read values that a user wrote.
+
+    Args:
+        model: What they should be.
+        values: Its keys.
+        prefix: Put before keys in messages, as in `one_line`.
+
+    Raises:
+        RequestError: Something is wrong.
+    """
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise RequestError(one_line(error, model, prefix=prefix)) from error
 
 
 def one_line(error: ValidationError, model: type[BaseModel], *, prefix: str = "") -> str:

@@ -7,38 +7,25 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from compressor.data.dataset import DataInfo, Dataset, Sample, Subset
-from compressor.data.sources import load_data
-from compressor.data.stream import Batch, stack
+from compressor.data.dataset import DataInfo, Sample
+from compressor.data.stream import Batch
 from compressor.deployable import Deployable, DriverSpec, Graph
 from compressor.errors import RequestError
-from compressor.evaluate import Feed, Metric
+from compressor.evaluate import Metric
 from compressor.models.classifier import Classifier, ClassifierGraph
 from compressor.models.model import Model
 from compressor.runtimes.runtime import Array
-from compressor.tasks.image_networks import check_image_network
+from compressor.tasks.image_networks import ImageNetworkOptions, ImageNetworkTask
 from compressor.tasks.task import Figure
-from compressor.validation import one_line
+from compressor.validation import validated
 
 __all__ = ["TASK", "Classification"]
 
 
-class Options(BaseModel):
-    """Options of the task."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    split: Literal["test", "val"] = "test"
-    """The split that is measured."""
-    batch: int = Field(100, ge=1)
-    """Images that a driver gets at once while it is measured."""
-
-
-class Classification:
+class Classification(ImageNetworkTask):
     """Samples hold ``image`` (C, H, W) and ``label``.
 
     Images are raw pixels in [0, 1] everywhere: every model normalises for itself, and a deployable's settings tell its
@@ -54,32 +41,15 @@ class Classification:
     target: ClassVar[str] = "label"
 
     def __init__(self, data: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        try:
-            self.options = Options.model_validate(dict(options))
-        except ValidationError as error:
-            raise RequestError(one_line(error, Options, prefix="task_options")) from error
-        self.data = dict(data)
-        self._sets: dict[tuple[str, str], Dataset] = {}
-
-    def dataset(self, role: str = "train", split: str = "train") -> Dataset:
-        if role not in self.data:
-            raise RequestError(f"no data are given for the role {role!r}: add --data {role}=SPEC")
-        if (role, split) not in self._sets:
-            self._sets[role, split] = load_data(self.data[role], split)
-        return self._sets[role, split]
+        super().__init__(data, validated(ImageNetworkOptions, options, prefix="task_options"))
 
     @property
     def info(self) -> DataInfo:
         """The training set's facts."""
-        info = self.dataset(next(iter(self.data), "train")).info
+        info = super().info
         if not info.classes:
             raise RequestError(f"the set {info.name!r} has no classes: classification needs labelled images")
         return info
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.info.classes)
 
     @property
     def figures(self) -> tuple[Figure, ...]:
@@ -90,17 +60,9 @@ class Classification:
             Figure("macro_f1", "Macro F1", "higher"),
         )
 
-    def student_defaults(self) -> dict[str, int]:
-        """What a student's spec may leave open: the data say it."""
-        return {"num_classes": self.classes, "in_chans": self.info.shape[0]}
-
     def network(self, model: Model) -> Classifier:
         """The model as a function of raw pixels."""
         return Classifier(model)
-
-    def view(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator] = ()) -> Batch:
-        """The collation of batches, without augmentation."""
-        return stack(samples)
 
     def loss(self, model: Model | Classifier, batch: Batch) -> dict[str, Tensor]:
         """The supervised loss: the cross-entropy with the labels."""
@@ -108,8 +70,8 @@ class Classification:
         return {"cross_entropy": F.cross_entropy(classifier(batch["image"]).float(), batch["label"])}
 
     def check(self, model: Model) -> None:
+        super().check(model)
         name, info = model.info.architecture, self.info
-        check_image_network(model, Classifier, info)
         known = model.info.extra.get("classes")
         if known and list(known) != list(info.classes) and sorted(known) == sorted(info.classes):
             raise RequestError(
@@ -132,21 +94,8 @@ class Classification:
         }
         return Deployable({"classifier": graph}, DriverSpec("predict", settings))
 
-    def feeds(self, samples: int) -> dict[str, Feed]:
-        """The same samples of the measured split every time, at most ``samples``, drawn at random over its classes."""
-        dataset = self.dataset(next(iter(self.data), "train"), self.options.split)
-        if len(dataset) == 0:
-            raise RequestError(f"the set {dataset.info.name!r} has no samples to measure on")
-        places = np.random.default_rng(0).permutation(len(dataset))[:samples]
-        return {"test": Feed(Subset(dataset, sorted(places.tolist())), batch=self.options.batch)}
-
     def metrics(self) -> list[Metric]:
         return [ClassificationMetric({figure.name for figure in self.figures})]
-
-    def request(self, batch: int) -> dict[str, Array]:
-        dataset = self.dataset(next(iter(self.data), "train"), self.options.split)
-        images = [np.asarray(dataset[k % len(dataset)]["image"], np.float32) for k in range(min(batch, len(dataset)))]
-        return {"image": np.stack([images[k % len(images)] for k in range(batch)])}
 
 
 class ClassificationMetric:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.data.dataset import ArrayDataset, DataInfo, Dataset, Sample
 from compressor.data.sources import load_data
@@ -22,6 +22,7 @@ from compressor.metrics.generated_images import GeneratedImages, judge_features
 from compressor.models.model import Model
 from compressor.runtimes.runtime import Array, Driver, Run
 from compressor.tasks.task import Figure
+from compressor.validation import validated
 
 __all__ = ["TASK", "ImageGeneration"]
 
@@ -53,14 +54,7 @@ class ImageGeneration:
     }
 
     def __init__(self, data: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        try:
-            self.options = Options(**options)
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise RequestError(
-                f"task option {'.'.join(map(str, first['loc']))}: {first['msg']}; "
-                f"options: {', '.join(Options.model_fields)}"
-            ) from error
+        self.options = validated(Options, options, prefix="task_options")
         self.data = dict(data)
         self.judge: Run | None = None
         self._reference: Array | None = None

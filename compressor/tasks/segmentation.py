@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from compressor.data.dataset import DataInfo, Dataset, Sample, Subset
-from compressor.data.sources import load_data
-from compressor.data.stream import Batch, stack
+from compressor.data.dataset import Dataset
+from compressor.data.stream import Batch
 from compressor.deployable import Deployable, DriverSpec, Graph
 from compressor.errors import RequestError
-from compressor.evaluate import Feed, Metric
+from compressor.evaluate import Metric
 from compressor.losses.dense import map_cross_entropy
 from compressor.metrics.segmentation import SegmentationMetric
 from compressor.models.image_network import ImageNetwork
 from compressor.models.model import Model
 from compressor.models.segmenter import Segmenter, SegmenterGraph
 from compressor.runtimes.runtime import Array, Driver
-from compressor.tasks.image_networks import check_image_network
+from compressor.tasks.image_networks import ImageNetworkOptions, ImageNetworkTask
 from compressor.tasks.task import Figure
-from compressor.validation import one_line
+from compressor.validation import validated
 
 __all__ = ["TASK", "Segmentation"]
 
@@ -32,13 +31,9 @@ SMALLEST_FREE = 64
 """Least edge of the example images of free sizes: an axis of one position, deep inside, would be taken for fixed."""
 
 
-class Options(BaseModel):
+class Options(ImageNetworkOptions):
     """Options of the task."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-
-    split: Literal["test", "val"] = "test"
-    """The split that is measured."""
     batch: int = Field(16, ge=1)
     """Images that a driver gets at once while it is measured."""
     sizes: Literal["fixed", "free"] = "fixed"
@@ -52,7 +47,7 @@ class Options(BaseModel):
     """Whether the driver also returns the logits of the pixels."""
 
 
-class Segmentation:
+class Segmentation(ImageNetworkTask):
     """Samples hold ``image`` (C, H, W) and ``mask`` (H, W).
 
     Images are raw pixels in [0, 1] everywhere: every model normalises for itself, and a deployable's settings tell its
@@ -64,6 +59,7 @@ class Segmentation:
         "image": "(C, H, W) float32 pixels in [0, 1]",
         "mask": "(H, W) int64 classes in 0..K-1, or the set's ignore_index (255)",
     }
+    options: Options
     target: ClassVar[str] = "mask"
     pictures_caption: ClassVar[str] = "Images, their masks, and what the model says; gray belongs to no class."
     figures: tuple[Figure, ...] = (
@@ -73,61 +69,29 @@ class Segmentation:
     )
 
     def __init__(self, data: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        try:
-            self.options = Options.model_validate(dict(options))
-        except ValidationError as error:
-            raise RequestError(one_line(error, Options, prefix="task_options")) from error
-        self.data = dict(data)
-        self._sets: dict[tuple[str, str], Dataset] = {}
+        super().__init__(data, validated(Options, options, prefix="task_options"))
 
-    def dataset(self, role: str = "train", split: str = "train") -> Dataset:
-        if role not in self.data:
-            raise RequestError(f"no data are given for the role {role!r}: add --data {role}=SPEC")
-        if (role, split) not in self._sets:
-            dataset = load_data(self.data[role], split)
-            if len(dataset) and self.target not in dataset[0]:
-                raise RequestError(
-                    f"the set {dataset.info.name!r} has no masks: segmentation needs them (scenes:32?masks=true, "
-                    "segfolder:DIR)"
-                )
-            self._sets[role, split] = dataset
-        return self._sets[role, split]
-
-    @property
-    def info(self) -> DataInfo:
-        """The training set's facts."""
-        return self.dataset(next(iter(self.data), "train")).info
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.info.classes)
+    def check_data(self, dataset: Dataset) -> None:
+        if len(dataset) and self.target not in dataset[0]:
+            raise RequestError(
+                f"the set {dataset.info.name!r} has no masks: segmentation needs them (scenes:32?masks=true, "
+                "segfolder:DIR)"
+            )
 
     @property
     def ignore_index(self) -> int:
         """Number of the pixels that belong to no class."""
         return int(self.info.extra.get("ignore_index", 255))
 
-    def student_defaults(self) -> dict[str, int]:
-        """What a student's spec may leave open: the data say it."""
-        return {"num_classes": self.classes, "in_chans": self.info.shape[0]}
-
     def network(self, model: Model) -> Segmenter:
         """The model as a function of raw pixels."""
         return Segmenter(model)
-
-    def view(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator] = ()) -> Batch:
-        """The collation of batches, without augmentation."""
-        return stack(samples)
 
     def loss(self, model: Model | ImageNetwork, batch: Batch) -> dict[str, Tensor]:
         """The supervised loss: the cross-entropy with the masks, mean over the pixels that belong to a class."""
         segmenter = model if isinstance(model, ImageNetwork) else Segmenter(model)
         logits = segmenter(batch["image"])
         return {"cross_entropy": map_cross_entropy(logits, batch["mask"], ignore_index=self.ignore_index)}
-
-    def check(self, model: Model) -> None:
-        check_image_network(model, Segmenter, self.info)
 
     def deployable(self, model: Model) -> Deployable:
         segmenter, (channels, height, width), free = Segmenter(model), self.info.shape, self.options.sizes == "free"
@@ -154,19 +118,8 @@ class Segmentation:
         }
         return Deployable({"segmenter": graph}, DriverSpec("dense", settings))
 
-    def feeds(self, samples: int) -> dict[str, Feed]:
-        """The same samples of the measured split every time, at most ``samples``, drawn at random."""
-        dataset = self.dataset(next(iter(self.data), "train"), self.options.split)
-        if len(dataset) == 0:
-            raise RequestError(f"the set {dataset.info.name!r} has no samples to measure on")
-        places = np.random.default_rng(0).permutation(len(dataset))[:samples]
-        return {"test": Feed(Subset(dataset, sorted(places.tolist())), batch=self.options.batch)}
-
     def metrics(self) -> list[Metric]:
         return [SegmentationMetric(self.classes, self.ignore_index)]
-
-    def request(self, batch: int) -> dict[str, Array]:
-        return {"image": self._images(batch)}
 
     def pictures(self, driver: Driver, seed: int = 0, columns: int = 8) -> bytes:
         """A sheet as PNG: images, their masks in colours, and what the driver says of them; ignored pixels are gray."""
@@ -174,9 +127,9 @@ class Segmentation:
 
         from PIL import Image
 
-        dataset = self.dataset(next(iter(self.data), "train"), self.options.split)
+        dataset = self.measured
         count = min(columns, len(dataset))
-        images = self._images(count)
+        images = self.request(count)["image"]
         masks = np.stack([np.asarray(dataset[k]["mask"]) for k in range(count)])
         answers = driver({"image": images}, seed=seed)["classes"]
         colours = class_colours(self.classes)
@@ -192,12 +145,6 @@ class Segmentation:
         buffer = BytesIO()
         Image.fromarray(sheet.transpose(0, 2, 1, 3, 4).reshape(3 * high, count * wide, 3)).save(buffer, format="PNG")
         return buffer.getvalue()
-
-    def _images(self, batch: int) -> Array:
-        """Images (B, C, H, W) of the measured split, from its first on, again and again."""
-        dataset = self.dataset(next(iter(self.data), "train"), self.options.split)
-        images = [np.asarray(dataset[k % len(dataset)]["image"], np.float32) for k in range(min(batch, len(dataset)))]
-        return np.stack([images[k % len(images)] for k in range(batch)])
 
 
 def class_colours(classes: int) -> Array:

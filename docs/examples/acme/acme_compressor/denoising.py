@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from compressor.data.dataset import ArrayDataset, Dataset, Sample
 from compressor.data.sources import load_data
@@ -18,7 +18,7 @@ from compressor.evaluate import Feed, Metric
 from compressor.models.model import Model
 from compressor.runtimes.runtime import Array
 from compressor.tasks.task import Figure
-from compressor.validation import one_line
+from compressor.validation import validated
 
 __all__ = ["TASK", "Denoising"]
 
@@ -40,10 +40,7 @@ class Denoising:
     figures = (Figure("psnr", "PSNR", "higher", unit="dB", headline=True),)
 
     def __init__(self, data: Mapping[str, str], options: Mapping[str, Any]) -> None:
-        try:
-            self.options = Options.model_validate(dict(options))
-        except ValidationError as error:
-            raise RequestError(one_line(error, Options, prefix="task_options")) from error
+        self.options = validated(Options, options, prefix="task_options")
         self.data = dict(data)
 
     def dataset(self, role: str = "train", split: str = "train") -> Dataset:
