@@ -14,7 +14,7 @@ import numpy as np
 from compressor.errors import RequestError, TargetError
 from compressor.runtimes.runtime import Array, Port
 
-__all__ = ["fit", "from_graph", "png_bytes", "read_picture", "to_graph"]
+__all__ = ["as_eight_bits", "fit", "from_graph", "png_bytes", "read_picture", "to_graph"]
 
 _MOST_PIXELS = 2**27
 _CUBIC = -0.5
@@ -106,11 +106,26 @@ def read_picture(path: Path, *, gray: bool) -> Array:
             with Image.open(path) as picture:
                 if picture.width * picture.height > _MOST_PIXELS:
                     raise RequestError(f"{path} has {picture.width} x {picture.height} pixels: too many")
-                upright = ImageOps.exif_transpose(picture)
+                upright = as_eight_bits(ImageOps.exif_transpose(picture))
                 return np.asarray(upright.convert("L" if gray else "RGB"), np.uint8)
     except (OSError, ValueError, SyntaxError, MemoryError, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise RequestError(f"cannot read the picture {path}: {reason}") from error
+
+
+def as_eight_bits(picture: Any) -> Any:
+    """A Pillow picture of 16 or 32 bits a pixel as one of mode L; any other as it is.
+
+    Pixels of 16 bits keep their upper eight; wider ones are clipped to [0, 255]. (Pillow's own conversion clips both,
+    which leaves a 16-bit picture white.)
+    """
+    from PIL import Image
+
+    if not (picture.mode.startswith("I") or picture.mode == "F"):
+        return picture
+    values = np.asarray(picture)
+    scaled = values / 257 if picture.mode.startswith("I;16") or values.max(initial=0) > 255 else values
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
 def fit(image: Array, height: int, width: int) -> Array:

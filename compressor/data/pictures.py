@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from compressor.data.dataset import DataInfo, Sample
 from compressor.errors import CompressorError, RequestError
+from compressor.runtimes.images import as_eight_bits
 from compressor.validation import one_line
 
 __all__ = ["PictureOptions", "Pictures", "held_out", "is_gray", "parse_options", "usual_size"]
@@ -116,22 +117,12 @@ class Pictures:
 
 def pixels_of(image: Image.Image, channels: int, size: tuple[int, int]) -> Array:
     """A picture as uint8 pixels (C, H, W): upright, resized so that it covers the size, cropped at the centre."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = as_eight_bits(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
     height, width = size
     if (image.height, image.width) != (height, width):
         image = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
     pixels = np.asarray(image, np.uint8)
     return np.ascontiguousarray(pixels[None] if channels == 1 else pixels.transpose(2, 0, 1))
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pixels of 16 bits keep their upper eight; wider ones are clipped to [0, 255]."""
-    values = np.asarray(image)
-    scaled = values / 257 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else values
-    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
 def is_gray(image: Image.Image) -> bool:
