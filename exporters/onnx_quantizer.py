@@ -21,7 +21,6 @@ from compressor.exporters.quantization import QdqQuantizer, QdqScheme
 from compressor.exporters.quantized_export import Account
 from compressor.exporters.typed_graph import FLOAT16, MOVES, float_values, normalised, type_graph
 from compressor.profiles.target import Target
-from compressor.runtimes.manifest import FloatOperators
 from compressor.runtimes.runtime import Array, Run
 
 __all__ = ["OnnxQuantizer"]
@@ -114,19 +113,7 @@ class OnnxQuantizer:
                 counts[node.op_type] += 1
             elif node.op_type not in MOVES and floats.intersection(node.output):
                 left.setdefault((node.op_type, chosen.left.get(node.name, "between")), []).append(layer_of(node))
-        return Account(
-            dict(counts),
-            tuple(
-                FloatOperators(
-                    operator=kind,
-                    count=len(layers),
-                    reason=reason,  # type: ignore[arg-type]
-                    layers=tuple(layers) if reason == "accuracy" else (),
-                )
-                for (kind, reason), layers in left.items()
-            ),
-            kernels,
-        )
+        return Account.of(counts, left, kernels)
 
     def _make(self, back: Mapping[str, str]) -> ModelProto:
         model = self._quantizer.quantize(self._quantizer.choose(self._refused | dict(back)))

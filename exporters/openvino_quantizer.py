@@ -17,7 +17,6 @@ from compressor.exporters.onnx_graph import OnnxGraph
 from compressor.exporters.openvino import convert
 from compressor.exporters.quantized_export import Account
 from compressor.profiles.target import Target
-from compressor.runtimes.manifest import FloatOperators
 from compressor.runtimes.openvino import OpenVino
 from compressor.runtimes.runtime import Array, Run
 
@@ -95,19 +94,10 @@ class OpenVinoQuantizer:
             name, kind = op.get_friendly_name(), op.get_type_name()
             reason = back.get(name, self._reasons[name])
             if reason:
-                left.setdefault((kind, reason), []).append(name)
+                left.setdefault((kind, reason), []).append(self._layer(name))
             else:
                 in_bits[kind] += 1
-        floats = tuple(
-            FloatOperators(
-                operator=kind,
-                count=len(names),
-                reason=reason,  # type: ignore[arg-type]
-                layers=tuple(self._layer(name) for name in names) if reason == "accuracy" else (),
-            )
-            for (kind, reason), names in left.items()
-        )
-        return Account(dict(in_bits), floats, _kernels(model, self._device))
+        return Account.of(in_bits, left, _kernels(model, self._device))
 
     def _layer(self, operator: str) -> str:
         """The module that an operator stems from, as its ONNX node says; else its own name."""

@@ -36,6 +36,31 @@ class Account:
     float_operators: tuple[FloatOperators, ...]
     kernels: Mapping[str, int]
 
+    @classmethod
+    def of(
+        cls,
+        operators: Mapping[str, int],
+        left: Mapping[tuple[str, str], Sequence[str]],
+        kernels: Mapping[str, int],
+    ) -> Account:
+        """An account in which layers are named only where their accuracy kept them in float.
+
+        Args:
+            operators: In eight bits, by kind.
+            left: The layers of the others, by kind and reason.
+            kernels: As the attribute.
+        """
+        floats = tuple(
+            FloatOperators(
+                operator=kind,
+                count=len(layers),
+                reason=reason,  # type: ignore[arg-type]
+                layers=tuple(layers) if reason == "accuracy" else (),
+            )
+            for (kind, reason), layers in left.items()
+        )
+        return cls(dict(operators), floats, kernels)
+
 
 class Quantizer(Protocol):
     """Makes 8-bit graphs for one engine, all from one calibration.
