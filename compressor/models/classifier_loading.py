@@ -4,6 +4,7 @@
     timm:DIR                               a folder that timm wrote (``local-dir:`` in timm's own words)
     torchvision:NAME[@FILE][?key=value,...]
     transformers:DIR_OR_ID[?key=value,...]
+    transformers:KIND[?key=value,...]      a new one of transformers' model type (vit, convnext): such is a student
 
 Keys are the arguments of the library's own constructor (``num_classes``, ``in_chans``, ``img_size``, ...), and:
 ``pretrained=true`` downloads weights; ``mean=[..]`` and ``std=[..]`` replace the normalisation that the library knows.
@@ -28,7 +29,7 @@ from compressor.spec_options import split_options
 
 __all__ = [
     "LIBRARIES", "Argument", "build_classifier", "create_timm", "create_torchvision", "create_transformers",
-    "load_classifier", "write_library_files",
+    "load_classifier", "new_config", "write_library_files",
 ]  # fmt: skip
 
 LIBRARIES = ("timm", "torchvision", "transformers")
@@ -292,20 +293,20 @@ def _load_transformers(argument: Argument, defaults: dict[str, Any], trust_remot
         raise ModelError(f"transformers:{name}: there is no such directory")
     if local and not (Path(name) / "config.json").is_file():
         raise ModelError(f"transformers:{name} holds no config.json: give the folder that save_pretrained wrote")
-    pretrained, options = bool(argument.take("pretrained", True)), dict(argument.options)
+    kind = not local and name in transformers.CONFIG_MAPPING
+    pretrained, options = bool(argument.take("pretrained", not kind)), dict(argument.options)
     common = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    if not pretrained:
-        options = {**library_names({**defaults}), **library_names(options)}
     with reported(f"transformers:{name}"), quiet(transformers):
         factory = transformers.AutoModelForImageClassification
         if pretrained:
             module, report = factory.from_pretrained(name, **library_names(options), **common, output_loading_info=True)
             refuse_missing(name, report, new_head="num_labels" in library_names(options))
         else:
-            config = transformers.AutoConfig.from_pretrained(name, **options, **common)
-            module = factory.from_config(config, trust_remote_code=trust_remote_code)
+            new = new_config(name, kind, {**library_names(defaults), **library_names(options)}, common)
+            module = factory.from_config(new, trust_remote_code=trust_remote_code)
     config = as_json(module.config.to_dict())
-    extra = {"channels": int(config.get("num_channels") or 3), **transformers_preprocessing(name, local)}
+    known = {} if kind else transformers_preprocessing(name, local)
+    extra = {"channels": int(config.get("num_channels") or 3), **known}
     for key in ("mean", "std"):
         extra[key] = for_channels(extra.get(key, [0.5]), extra["channels"])
     size = config.get("image_size")
@@ -315,6 +316,16 @@ def _load_transformers(argument: Argument, defaults: dict[str, Any], trust_remot
     if not all(name == f"LABEL_{k}" for k, name in enumerate(names)):
         extra["classes"] = names
     return Model(module.float(), ModelInfo("transformers", type(module).__name__, config, (), extra))
+
+
+def new_config(name: str, kind: bool, options: Mapping[str, Any], where: Mapping[str, Any]) -> Any:
+    """The configuration of a model with new weights: of a ``kind`` of transformers' models, or a folder's own."""
+    import transformers
+
+    values = {key: value for key, value in options.items() if key != "ignore_mismatched_sizes"}
+    if kind:
+        return transformers.AutoConfig.for_model(name, **values)
+    return transformers.AutoConfig.from_pretrained(name, **values, **where)
 
 
 def refuse_missing(name: str, report: Mapping[str, Any], new_head: bool, kind: str = "classifier") -> None:

@@ -27,6 +27,7 @@ from compressor.models.classifier_loading import (
     create_torchvision,
     for_channels,
     library_names,
+    new_config,
     quiet,
     refuse_missing,
     reported,
@@ -163,11 +164,8 @@ def _load_transformers(argument: Argument, defaults: Mapping[str, Any], trust_re
             module, report = factory.from_pretrained(name, **named, **common, output_loading_info=True)
             refuse_missing(name, report, new_head="num_labels" in named, kind="segmenter")
         else:
-            named = {**library_names(defaults), **library_names(options)}
-            named.pop("ignore_mismatched_sizes", None)
-            new, stored = transformers.AutoConfig.for_model, transformers.AutoConfig.from_pretrained
-            config = new(name, **named) if kind else stored(name, **named, **common)
-            module = factory.from_config(config, trust_remote_code=trust_remote_code)
+            new = new_config(name, kind, {**library_names(defaults), **library_names(options)}, common)
+            module = factory.from_config(new, trust_remote_code=trust_remote_code)
     stored = as_json(module.config.to_dict())
     extra = {"channels": _channels(stored), **({} if kind else transformers_preprocessing(name, local))}
     for key, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):

@@ -123,6 +123,13 @@ def test_a_student_takes_classes_and_channels_from_the_data_when_its_spec_leaves
     assert (vit.module.num_labels, vit.module.config.num_channels) == (6, 1)
 
 
+def test_a_kind_of_transformers_models_is_a_new_model_of_the_datas_classes() -> None:
+    sizes = "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=16,img_size=8,patch_size=4"
+    vit = load_model_spec(f"transformers:vit?{sizes}", defaults={"num_classes": 6, "in_chans": 1})
+    assert vit.info.architecture == "ViTForImageClassification"
+    assert (vit.module.num_labels, vit.info.extra["channels"], vit.info.extra["size"]) == (6, 1, [8, 8])
+
+
 def test_a_transformers_folder_without_a_head_is_refused_unless_a_new_one_is_asked_for(tmp_path: Path) -> None:
     ViTModel(tiny_vit_config()).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"no trained classifier.*classifier\.bias"):
