@@ -62,7 +62,7 @@ class Interpreter:
 
 
 def _session(model: Path | ModelProto, threads: int) -> tuple[Any, list[Array]]:
-    """A session, and the weights that it reads where they lie: they must live as long."""
+    """A session, and the weights in memory that it reads there: they must live as long."""
     import onnxruntime
 
     from compressor.exporters.model_file import without_weights
@@ -70,12 +70,15 @@ def _session(model: Path | ModelProto, threads: int) -> tuple[Any, list[Array]]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")  # it copies every weight
     if threads:
         options.intra_op_num_threads = threads
     providers, weights = ["CPUExecutionProvider"], dict[str, Array]()
     if isinstance(model, Path):
         return onnxruntime.InferenceSession(str(model), options, providers=providers), []
-    light, taken = without_weights(model)
+    light, taken, folder = without_weights(model)
+    if folder is not None:  # these it maps
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     for name, tensor in taken.items():
         weights[name] = _carried(tensor)
     values = [

@@ -230,17 +230,28 @@ def filled(model: ModelProto) -> ModelProto:
     return made
 
 
-def without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, TensorProto]]:
-    """A copy in which no large tensor has values (each refers to a file that is not there), and those tensors."""
-    made, taken = _graph_alone(model), {}
+def without_weights(model: ModelProto) -> tuple[ModelProto, dict[str, TensorProto], Path | None]:
+    """A copy that holds no large tensor.
+
+    Returns:
+        The copy, in which those refer to files; the tensors that no file has as they are (they are in memory, or to be
+        rounded), whose files do not exist; and the folder of the files of all others.
+    """
+    made, taken, folder = _graph_alone(model), dict[str, TensorProto](), None
     for tensor in model.graph.initializer:
         if not _is_large(tensor):
             made.graph.initializer.append(_in_memory(tensor))
             continue
+        light = made.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+        if is_stored(tensor) and not _is_deferred(tensor):
+            location, offset, length = _place(tensor)
+            if folder in (None, Path(location).parent):
+                folder = Path(location).parent
+                _refer(light, location, offset, length, absolute=False)
+                continue
         taken[tensor.name] = tensor
-        stub = made.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-        _refer(stub, "absent", 0, size_of(tensor), absolute=False)
-    return made, taken
+        _refer(light, "absent", 0, size_of(tensor), absolute=False)
+    return made, taken, folder
 
 
 def infer_types(model: ModelProto) -> None:
@@ -258,12 +269,14 @@ def check_model(model: ModelProto) -> None:
     Raises:
         Exception: What the checker and the inference raise.
     """
-    light, taken = without_weights(model)
+    light = without_weights(model)[0]
     known = {value.name for value in light.graph.input}
-    for name, tensor in taken.items():
-        if name not in known:
-            light.graph.input.append(make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
-    small = [_in_memory(tensor) for tensor in light.graph.initializer if tensor.name not in taken]
+    small = []
+    for tensor in light.graph.initializer:
+        if not is_stored(tensor):
+            small.append(_in_memory(tensor))
+        elif tensor.name not in known:
+            light.graph.input.append(make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
     del light.graph.initializer[:]
     light.graph.initializer.extend(small)
     onnx.checker.check_model(light, full_check=True)
