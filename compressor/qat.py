@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from compressor.data.stream import Stream
 from compressor.errors import RequestError
+from compressor.layer_patterns import check_patterns, lies_in
 from compressor.method import Context, MethodConfig, Needs, OneStudent, Paper
 from compressor.models.edits.fake_quantisation import EDIT, observed_ranges, plain, quantised_weights
 from compressor.training.phase import Compute, Phases, Step, Train
@@ -40,6 +41,8 @@ class QATConfig(SelfDistillationConfig):
     """Share of a batch's values, in percent, inside an activation's range; 100 is all that the calibration sees."""
     calibration_batches: int = Field(8, ge=1)
     """Batches that the activations' ranges are taken on."""
+    exclude: tuple[str, ...] = ()
+    """Layers that are not rounded, as a target's ``calibration.exclude``: paths of modules, with * and ?."""
 
 
 class QAT(OneStudent[QATConfig]):
@@ -68,12 +71,13 @@ class QAT(OneStudent[QATConfig]):
     def phases(self, ctx: Context) -> Phases:
         """Calibrate, then one fine-tuning against the model as it came."""
         config, given = self.config, given_model(ctx)
+        check_patterns(config.exclude, [path for path, _ in given.module.named_modules()], "qat.exclude")
         # Norms keep the statistics that the export folds; dropout and dropped labels would only blur the match.
         given.module.eval()
         before = given.copy()
         before.module.requires_grad_(False)
         stream, step = fine_tuning(ctx, config, given, before, self.name)
-        key = [config.percentile, config.calibration_batches, stream_key(config, stream)]
+        key = [config.percentile, config.calibration_batches, list(config.exclude), stream_key(config, stream)]
         found = (yield Compute("calibrate", lambda: self._calibrate(given.module, stream, step), key=key)) or {}
         ranges = {name: ends.tolist() for name, ends in found.items()}
         rounded = given.edit(
@@ -82,6 +86,7 @@ class QAT(OneStudent[QATConfig]):
             activation_bits=config.activation_bits,
             ranges=ranges,
             symmetric=config.symmetric,
+            exclude=list(config.exclude),
         )
         self.notes = [self._describe(rounded.module, len(ranges))]
         yield Train(
@@ -101,9 +106,13 @@ class QAT(OneStudent[QATConfig]):
         with torch.no_grad(), observed_ranges(module, self.config.percentile) as ranges:
             for i in range(self.config.calibration_batches):
                 next(iter(step({"train": stream[i]}, i)))
-        if not ranges:
-            raise RequestError(f"qat: a {type(module).__name__} has no linear or convolution layer to quantise")
-        return {name: torch.tensor(ends, dtype=torch.float64) for name, ends in ranges.items()}
+        kept = {name: ends for name, ends in ranges.items() if not lies_in(name, self.config.exclude)}
+        if not kept:
+            besides = " besides those of qat.exclude" if self.config.exclude else ""
+            raise RequestError(
+                f"qat: a {type(module).__name__} has no linear or convolution layer to quantise{besides}"
+            )
+        return {name: torch.tensor(ends, dtype=torch.float64) for name, ends in kept.items()}
 
     def _describe(self, module: nn.Module, inputs: int) -> str:
         weights = quantised_weights(module)

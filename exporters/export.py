@@ -23,12 +23,14 @@ from compressor.exporters.artifact import Built, Source
 from compressor.exporters.calibration import CalibrationData, check_records
 from compressor.exporters.graph_store import GraphStore
 from compressor.exporters.half_arithmetic import JUDGE
+from compressor.exporters.layers import model_path
 from compressor.exporters.onnx_graph import OnnxGraph, evaluation_form, module_outputs
 from compressor.exporters.openvino import OPENVINO_ISLANDS
 from compressor.exporters.parity import TOLERANCES, compare, worst
 from compressor.exporters.quantized_export import quantize_graph
 from compressor.exporters.torchscript_route import TORCHSCRIPT
 from compressor.exporters.typed_graph import HALVES
+from compressor.layer_patterns import check_patterns
 from compressor.profiles.target import Availability, Target, availability, with_overrides
 from compressor.runtimes.load import open_graph, runtime_options
 from compressor.runtimes.manifest import (
@@ -79,12 +81,14 @@ def export(
 
     Raises:
         TargetError: The target cannot be built here; the message says why and what to install.
-        RequestError: The deployable is not well formed.
+        RequestError: The deployable is not well formed, or the target excludes a layer that the model lacks.
         ArtifactError: A graph cannot be exported, or drifts past its tolerance.
     """
     found = _buildable(target)
     settings = _json(deployable.driver.settings, f"the settings of driver {deployable.driver.name!r}")
     extra = _json(metadata or {}, "the metadata")
+    modules = {model_path(path) for graph in deployable.graphs.values() for path, _ in graph.module.named_modules()}
+    check_patterns(target.calibration.exclude, modules, "calibration.exclude")
     with ExitStack() as stack:
         folder = cache if cache is not None else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         store = GraphStore(folder)

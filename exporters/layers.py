@@ -6,7 +6,7 @@ import ast
 
 from onnx import NodeProto
 
-__all__ = ["LAYER_KEY", "layer_of"]
+__all__ = ["LAYER_KEY", "layer_of", "model_path"]
 
 LAYER_KEY = "pkg.torch.onnx.name_scopes"
 """Key of a node's metadata that holds the paths of the modules it stems from (a list literal, outermost first)."""
@@ -19,3 +19,8 @@ def layer_of(node: NodeProto) -> str:
             scopes = ast.literal_eval(item.value)
             return str(scopes[-2]) if len(scopes) > 1 else ""
     return ""
+
+
+def model_path(layer: str) -> str:
+    """A layer's path in the model itself: what packs a model into a graph holds it as ``module``."""
+    return layer.removeprefix("module.")

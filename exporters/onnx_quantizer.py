@@ -65,6 +65,7 @@ class OnnxQuantizer:
             settings = settings.model_copy(update={"per_channel": False})
         self._quantizer = QdqQuantizer(plain.load(), records, settings, scheme)
         self.model = self._quantizer.model
+        self._layers = {node.name: layer_of(node) for node in self.model.graph.node}
         self.judged_by = f"ONNX Runtime on {target.device}" if self._itself else "8-bit arithmetic simulated on the CPU"
         self._refused: dict[str, str] = {}
         self._cpu = engine == "onnxruntime" and target.device == "cpu" and can_run
@@ -81,6 +82,10 @@ class OnnxQuantizer:
             for node in self.model.graph.node
             if node.name in chosen.left or node.name in chosen.products
         }
+
+    def layer(self, operator: str) -> str:
+        """Path of the module that a product stems from; its own name where that is unknown."""
+        return self._layers.get(operator) or operator
 
     def open(self, back: Mapping[str, str], folder: Path) -> tuple[Run, Callable[[], None]]:
         """The graph as the engine will get it, ready to run."""

@@ -67,6 +67,10 @@ class OpenVinoQuantizer:
         """The products by name, and why they stay in float."""
         return self._reasons
 
+    def layer(self, operator: str) -> str:
+        """The module that an operator stems from, as its ONNX node says; else its own name."""
+        return self._layers.get(operator.partition("/")[0]) or operator
+
     def open(self, back: Mapping[str, str], folder: Path) -> tuple[Run, Callable[[], None]]:
         """The model on the target's device, ready to run."""
         import openvino
@@ -94,14 +98,10 @@ class OpenVinoQuantizer:
             name, kind = op.get_friendly_name(), op.get_type_name()
             reason = back.get(name, self._reasons[name])
             if reason:
-                left.setdefault((kind, reason), []).append(self._layer(name))
+                left.setdefault((kind, reason), []).append(self.layer(name))
             else:
                 in_bits[kind] += 1
         return Account.of(in_bits, left, _kernels(model, self._device))
-
-    def _layer(self, operator: str) -> str:
-        """The module that an operator stems from, as its ONNX node says; else its own name."""
-        return self._layers.get(operator.partition("/")[0]) or operator
 
     def _without(self, back: Mapping[str, str]) -> Any:
         """A copy of the quantised model in which some operators have their float inputs and weights again."""

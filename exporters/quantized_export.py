@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from compressor.exporters.accuracy_restoration import Fit, restore_accuracy
 from compressor.exporters.artifact import Source
+from compressor.exporters.layers import model_path
 from compressor.exporters.parity import TOLERANCES, compare, root_mean_square
+from compressor.layer_patterns import lies_in
 from compressor.profiles.target import Target
 from compressor.runtimes.manifest import FloatOperators, Parity, Quantization
 from compressor.runtimes.runtime import Array, Run
@@ -43,7 +45,7 @@ class Account:
         left: Mapping[tuple[str, str], Sequence[str]],
         kernels: Mapping[str, int],
     ) -> Account:
-        """An account in which layers are named only where their accuracy kept them in float.
+        """An account in which layers are named only where their accuracy, or the target, kept them in float.
 
         Args:
             operators: In eight bits, by kind.
@@ -55,7 +57,7 @@ class Account:
                 operator=kind,
                 count=len(layers),
                 reason=reason,  # type: ignore[arg-type]
-                layers=tuple(layers) if reason == "accuracy" else (),
+                layers=tuple(layers) if reason in ("accuracy", "excluded") else (),
             )
             for (kind, reason), layers in left.items()
         )
@@ -77,6 +79,10 @@ class Quantizer(Protocol):
         """The products of the graph in its order: name, and why it stays in float, "" where it need not."""
         ...
 
+    def layer(self, operator: str) -> str:
+        """Path of the module that a product stems from; its own name where that is unknown."""
+        ...
+
     def open(self, back: Mapping[str, str], folder: Path) -> tuple[Run, Callable[[], None]]:
         """The graph with some products in float, ready to run, and what frees it."""
         ...
@@ -88,7 +94,7 @@ class Quantizer(Protocol):
 
 @dataclass(frozen=True)
 class Quantized:
-    """A quantised graph and the account of it; ``back`` went to float for their accuracy."""
+    """A quantised graph and the account of it; ``back`` are in float, with the reason, by the target or by accuracy."""
 
     source: Source
     back: Mapping[str, str]
@@ -118,9 +124,8 @@ def quantize_graph(
         folder: For files on the way.
     """
     bench = _Bench(quantizer, target, cases, judge, folder)
-    chosen = [operator for operator, reason in quantizer.operators().items() if not reason]
-    found = restore_accuracy(chosen, bench.fit, bench.cost, target.calibration.seconds)
-    back = dict.fromkeys(found.back, "accuracy")
+    found = restore_accuracy(bench.chosen, bench.fit, bench.cost, target.calibration.seconds)
+    back = bench.in_float(found.back)
     source, account = quantizer.write(back, folder, name)
     settings = target.calibration
     entry = Quantization(
@@ -138,12 +143,19 @@ def quantize_graph(
         limit=settings.max_drop if judge is not None else settings.max_error,
         judged_by=quantizer.judged_by,
     )
-    notes = _notes(name, len(chosen), found.back, entry, found.ranked)
+    notes = _notes(name, len(bench.chosen), found.back, entry, found.ranked)
+    if bench.excluded:
+        notes += (f"{len(bench.excluded)} products of graph {name!r} stay in float: calibration.exclude names them.",)
     return Quantized(source, back, entry, bench.parity(found.back), notes)
 
 
 class _Bench:
-    """Builds and measures 8-bit graphs."""
+    """Builds and measures 8-bit graphs.
+
+    Attributes:
+        chosen: Products that may be in eight bits.
+        excluded: Those that the target keeps in float.
+    """
 
     def __init__(
         self,
@@ -155,10 +167,18 @@ class _Bench:
     ) -> None:
         self.quantizer, self.target, self.cases, self.judge, self.folder = quantizer, target, cases, judge, folder
         self._parities: dict[tuple[str, ...], Parity] = {}
+        able = [operator for operator, reason in quantizer.operators().items() if not reason]
+        patterns = target.calibration.exclude
+        self.excluded = [operator for operator in able if lies_in(model_path(quantizer.layer(operator)), patterns)]
+        self.chosen = [operator for operator in able if operator not in set(self.excluded)]
+
+    def in_float(self, back: Iterable[str]) -> dict[str, str]:
+        """The excluded products and those that went back for their accuracy, each with its reason."""
+        return {**dict.fromkeys(self.excluded, "excluded"), **dict.fromkeys(back, "accuracy")}
 
     def fit(self, back: Collection[str]) -> Fit:
         """How the graph does with some operators in float."""
-        run, close = self.quantizer.open(dict.fromkeys(back, "accuracy"), self.folder)
+        run, close = self.quantizer.open(self.in_float(back), self.folder)
         limits = self.target.calibration
         try:
             outputs = [run(inputs) for inputs, _ in self.cases]
@@ -178,9 +198,8 @@ class _Bench:
 
     def cost(self, only: Collection[str]) -> float:
         """The error of the graph in which nothing but these operators is quantised."""
-        chosen = [name for name, reason in self.quantizer.operators().items() if not reason]
-        others = [name for name in chosen if name not in set(only)]
-        run, close = self.quantizer.open(dict.fromkeys(others, "accuracy"), self.folder)
+        others = [name for name in self.chosen if name not in set(only)]
+        run, close = self.quantizer.open(self.in_float(others), self.folder)
         try:
             return max(root_mean_square(expected, run(inputs)) for inputs, expected in self.cases[:_RANKED_CASES])
         finally:

@@ -100,6 +100,8 @@ class Calibration(_Section):
     """Largest root-mean-square difference of an output over its root mean square, where the task gives no figure."""
     judged_samples: int = Field(default=500, ge=10)
     """Samples of the validation data that the figures are taken on while operators are chosen."""
+    exclude: tuple[str, ...] = ()
+    """Layers that stay in float, with all in them: paths of modules in the model, with * and ?, e.g. "blocks.*.mlp"."""
     seconds: float = Field(default=300.0, gt=0)
     """Time for ranking the operators of a graph that lost too much; those not reached by then count as harmless."""
 

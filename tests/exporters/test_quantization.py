@@ -144,6 +144,22 @@ def test_outlier_that_ruins_blind_int8_sends_its_layer_back_to_float(trained, tm
     run.close()
 
 
+@pytest.mark.parametrize("target", CPU_TARGETS)
+def test_excluded_layers_stay_in_float_whatever_they_cost(trained, tmp_path, target):
+    manifest, entry = exported(trained, target, tmp_path, **{"calibration.exclude": ["hid*", "first"]})
+    excluded = {layer for one in entry.float_operators if one.reason == "excluded" for layer in one.layers}
+    assert excluded == {"hidden", "first"}
+    products = ("Conv", "Gemm", "Convolution", "MatMul")
+    assert sum(entry.operators.get(kind, 0) for kind in products) == 2
+    assert any("2 products of graph 'classifier' stay in float" in note for note in manifest.notes)
+
+
+def test_exclusion_of_a_layer_that_the_model_lacks_is_refused(trained, tmp_path):
+    with pytest.raises(RequestError, match=r"calibration.exclude: the model has no layer 'hiden': did you mean hidden"):
+        exported(trained, "ort-int8", tmp_path, **{"calibration.exclude": ["hiden"]})
+    assert not (tmp_path / "ort-int8").exists()
+
+
 def test_without_a_figure_the_error_of_the_outputs_decides(trained, tmp_path):
     _, entry = exported(with_outlier(trained), "ort-int8", tmp_path, judged=False)
     assert entry.drop is None and entry.blind_error > 0.1 >= entry.error and entry.limit == 0.1

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from compressor.errors import ModelError, RequestError
+from compressor.layer_patterns import lies_in
 from compressor.models.edits.sparsity import SparsityMask
 from compressor.models.edits.weights import Weight, layer_weights, parametrisations
 from compressor.models.model import Model, edit
@@ -163,6 +164,7 @@ def add_fake_quantisation(
     activation_bits: int,
     ranges: Mapping[str, Sequence[float]],
     symmetric: bool = False,
+    exclude: Sequence[str] = (),
 ) -> nn.Module:
     """Round all weights of linear layers, convolutions and joint attention projections, and inputs of layers.
 
@@ -172,11 +174,12 @@ def add_fake_quantisation(
         activation_bits: See `input_grid`.
         ranges: ``(low, high)`` by layer, as `observed_ranges` finds them; the inputs of others stay as they are.
         symmetric: See `input_grid`.
+        exclude: Patterns of the layers whose weights stay as they are (`lies_in`).
 
     Raises:
         ModelError: The module has no such layer.
     """
-    weights = list(_weights(module))
+    weights = [weight for weight in _weights(module) if not lies_in(weight.layer, exclude)]
     layers = {weight.layer: weight.owner for weight in weights}
     for name, (low, high) in ranges.items():
         if name not in layers:
