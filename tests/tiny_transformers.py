@@ -9,6 +9,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from compressor.models.model import Model, ModelInfo
+
 BATCH, SIZE, TOKENS = 3, 8, 2
 
 
@@ -24,6 +26,15 @@ class Tiny:
     def library_output(self) -> Tensor:
         """The output (B, C, H, W) of the library's own forward."""
         return _CALLS[type(self.module).__name__](self)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the module was built from."""
+        return {key: value for key, value in dict(self.module.config).items() if not key.startswith("_")}
+
+    def model(self, **extra: Any) -> Model:
+        """The module with its description; ``extra`` goes into that."""
+        return Model(self.module, ModelInfo("diffusers", type(self.module).__name__, self.config, extra=extra))
 
 
 def tiny(name: str, *, layers: int = 4, seed: int = 0) -> Tiny:

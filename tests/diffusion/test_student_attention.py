@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from compressor.context import RunContext
 from compressor.diffusion.student_attention import AttentionConfig, BladeConfig, with_attention
 from compressor.errors import ModelError, RequestError
 from compressor.measurement import LoadedEngine, torch_driver
 from compressor.methods.generation.dmd2 import DMD2, DMD2Config
 from compressor.methods.generation.ppcl import PPCL, PPCLConfig, Stage
-from compressor.models.model import Model, ModelInfo, load_model, save_model
+from compressor.models.model import Model, load_model, save_model
 from compressor.tasks.image_generation import ImageGeneration
-from compressor.training.distributed import Distributed
-from compressor.training.engine import Engine
-from compressor.training.random import Randomness
+from tests.method_runs import Trained, run_method
 from tests.tiny_transformers import tiny
 
 BLADE = {"block_size": 4, "samples": 4, "min_retain_ratio": 0.5, "max_retain_ratio": 0.5}
@@ -28,16 +25,11 @@ STAGE = {"steps": 1, "lr": 1e-3, "fake_lr": 1e-3, "warmup": 0}
 
 
 def model(name: str, layers: int = 2) -> Model:
-    made = tiny(name, layers=layers)
-    config = {key: value for key, value in dict(made.module.config).items() if not key.startswith("_")}
-    return Model(made.module, ModelInfo("diffusers", name, config))
+    return tiny(name, layers=layers).model()
 
 
-def train(directory: Path, method: Any, teacher: Model) -> tuple[Any, RunContext]:
-    randomness, alone = Randomness(0), Distributed.single()
-    ctx = RunContext(ImageGeneration({"train": "digits"}, {}), {"teacher": [teacher]}, randomness, alone, name="0")
-    Engine(directory, distributed=alone, randomness=randomness, fingerprint="test").run(method.phases(ctx))
-    return method, ctx
+def train(directory: Path, method: Any, teacher: Model) -> Trained:
+    return run_method(directory, method, ImageGeneration({"train": "digits"}, {}), teachers=[teacher])
 
 
 def processors(made: Model) -> list[str]:
@@ -55,14 +47,14 @@ def test_sparse_student_is_trained_saved_and_exported_with_its_mask(tmp_path: Pa
     pytest.importorskip("onnxruntime")
     teacher = model(name)
     config = {"num_steps": 2, "fake_updates": 1, "batch": 4, "match": STAGE, "adversarial": STAGE | {"steps": 0}}
-    method, ctx = train(
+    trained = train(
         tmp_path / "run", DMD2(DMD2Config.model_validate({**config, "attention": "blade", "blade": BLADE})), teacher
     )
 
-    assert set(processors(method.student())) == {processor}
+    assert set(processors(trained.method.student())) == {processor}
     assert not {processor} & set(processors(teacher)), "the teacher stays dense"
-    save_model(method.student(), tmp_path / "student")
-    deployable = ctx.task.deployable(load_model(tmp_path / "student"))
+    save_model(trained.method.student(), tmp_path / "student")
+    deployable = trained.ctx.task.deployable(load_model(tmp_path / "student"))
     export(deployable, load_target("ort-fp32"), tmp_path / "artifact")
     engine = LoadedEngine(tmp_path / "artifact")
     request = {"label": np.array([1, 4, 9])}
@@ -81,8 +73,7 @@ def test_pruned_student_attends_sparsely_and_records_it(tmp_path: Path) -> None:
     config = PPCLConfig(
         calibration=64, intervals=[(1, 2)], keep=0.8, attention="blade", blade=BladeConfig(**BLADE), **stages
     )
-    method, _ = train(tmp_path, PPCL(config), model("QwenImageTransformer2DModel", layers=4))
-    student = method.student()
+    student = train(tmp_path, PPCL(config), model("QwenImageTransformer2DModel", layers=4)).method.student()
     assert [change.name for change in student.info.edits] == ["attention.blade"]
     assert processors(student) == ["QwenImageProcessor"] * 3
     save_model(student, tmp_path / "student")
@@ -109,7 +100,7 @@ def test_attention_that_could_leave_nothing_out_is_refused() -> None:
 def test_sparse_network_compiles_into_one_graph() -> None:
     made = tiny("DiTTransformer2DModel", layers=1)
     student = with_attention(
-        Model(made.module, ModelInfo("diffusers", "DiTTransformer2DModel", {})),
+        made.model(),
         AttentionConfig(attention="blade", blade=BladeConfig(**BLADE)),
         (1, 8, 8),
     )

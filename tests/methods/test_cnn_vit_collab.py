@@ -28,6 +28,7 @@ from compressor.training.distributed import Distributed
 from compressor.training.engine import Engine
 from compressor.training.phase import Train, Update
 from compressor.training.random import Randomness
+from tests.method_runs import Killed, killed_at
 
 CNN = "timm:resnet18?layers=[1,1,1,1],channels=[4,4,8,8],width=16"
 VIT = (
@@ -36,10 +37,6 @@ VIT = (
 )
 DATA = "scenes:32?masks=true"
 ALONE = {"hfd_weight": 0, "region_weight": 0, "pixel_weight": 0}
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 def context(
@@ -204,14 +201,7 @@ def test_losses_fall_when_one_batch_is_learnt(tmp_path: Path) -> None:
 
 def test_a_killed_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     def kill(phase: Train) -> None:
-        step = phase.step
-
-        def wrapped(batches: Any, i: int) -> Any:
-            if i == 2:
-                raise Killed
-            return step(batches, i)
-
-        phase.step = wrapped
+        phase.step = killed_at(phase.step, 2)
 
     config = {"cnn": {"lr": 0.1}, "vit": {"lr": 1e-3}}
     whole = weights(trained(tmp_path / "whole", config)[0])

@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 
 from compressor import pipeline
-from compressor.context import RunContext
 from compressor.data.digits import digits
 from compressor.data.distilled_set import read_tensors
 from compressor.data.sources import load_data
@@ -27,10 +26,8 @@ from compressor.models.spec import load_model_spec
 from compressor.recipe import Recipe
 from compressor.runtimes.manifest import hash_file
 from compressor.tasks.classification import Classification
-from compressor.training.distributed import Distributed
-from compressor.training.engine import Engine
-from compressor.training.phase import Phases, Train
-from compressor.training.random import Randomness
+from compressor.training.phase import Train
+from tests.method_runs import Killed, run_method
 
 SMALL: dict[str, Any] = {
     "images_per_class": 2,
@@ -39,10 +36,6 @@ SMALL: dict[str, Any] = {
     "depth": 2,
     "student": {"steps": 3, "batch": 8},
 }
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 def trained(
@@ -56,36 +49,10 @@ def trained(
 ) -> DataDAM:
     """Run the method's phases, or as far as the step (phase, i) that kills them."""
     task = Classification({"train": data}, {})
-    alone, randomness = Distributed.single("cpu"), Randomness(0)
     students = {"student": lambda: load_model_spec(student, defaults=task.student_defaults())} if student else {}
-    ctx = RunContext(task, {}, randomness, alone, students=students, name="0-datadam")
     method = DataDAM(DataDAMConfig.model_validate({**SMALL, **dict(config or {})}))
-    engine = Engine(directory, distributed=alone, randomness=randomness, fingerprint="test", checkpoint_steps=1)
-    engine.run(_watched(method.phases(ctx), kill, watch))
+    run_method(directory, method, task, students=students, kill=kill, watch=watch)
     return method
-
-
-def _watched(phases: Phases, kill: tuple[str, int] | None, watch: Callable[[Train], None]) -> Phases:
-    answer = None
-    while True:
-        try:
-            phase = phases.send(answer)
-        except StopIteration:
-            return
-        if isinstance(phase, Train):
-            watch(phase)
-            if kill is not None and phase.name == kill[0]:
-                phase.step = _killed_at(phase.step, kill[1])
-        answer = yield phase
-
-
-def _killed_at(step: Any, at: int) -> Any:
-    def wrapped(batches: Any, i: int) -> Any:
-        if i == at:
-            raise Killed
-        return step(batches, i)
-
-    return wrapped
 
 
 def matching(directory: Path, config: Mapping[str, Any] | None = None) -> tuple[DataDAM, Train]:

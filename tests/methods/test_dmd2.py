@@ -13,19 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.context import RunContext
 from compressor.diffusion.denoiser import Denoiser
 from compressor.errors import RequestError
 from compressor.measurement import LoadedEngine, torch_driver
 from compressor.methods.generation.dmd2 import DMD2, DMD2Config
 from compressor.methods.generation.ppcl import PPCL, PPCLConfig
 from compressor.methods.generation.ppcl import Stage as PPCLStage
-from compressor.models.model import Model, ModelInfo, load_model, save_model
+from compressor.models.model import Model, load_model, save_model
 from compressor.tasks.image_generation import ImageGeneration
-from compressor.training.distributed import Distributed
-from compressor.training.engine import Engine
-from compressor.training.phase import Phases, Train, Update
+from compressor.training.phase import Train, Update
 from compressor.training.random import Randomness
+from tests.method_runs import Killed, Trained, run_method
 from tests.tiny_transformers import tiny
 from tests.tiny_unets import UNETS, tiny_unet
 
@@ -34,10 +32,6 @@ STAGES: dict[str, Any] = {
     "match": {"steps": 3, "lr": 1e-3, "fake_lr": 1e-3, "warmup": 0},
     "adversarial": {"steps": 2, "lr": 1e-3, "fake_lr": 1e-3, "warmup": 0},
 }
-
-
-class Killed(BaseException):
-    """Stands for the end of the process."""
 
 
 @dataclass
@@ -49,20 +43,16 @@ class Watched:
 
 
 @dataclass
-class Trained:
+class Watching(Trained):
     """What a training left."""
 
-    method: DMD2
-    ctx: RunContext
     seen: Watched
 
 
 def teacher_model(name: str = QWEN, layers: int = 2, **extra: Any) -> Model:
     if name in UNETS:
         return tiny_unet(name, **extra)
-    made = tiny(name, layers=layers)
-    config = {key: value for key, value in dict(made.module.config).items() if not key.startswith("_")}
-    return Model(made.module, ModelInfo("diffusers", name, config, extra=extra))
+    return tiny(name, layers=layers).model(**extra)
 
 
 def train(
@@ -70,39 +60,22 @@ def train(
     teacher: Model,
     *,
     chained: Model | None = None,
-    kill_at: tuple[str, int] | None = None,
-    checkpoints: bool = False,
+    kill: tuple[str, int] | None = None,
     data: str = "digits",
     **config: Any,
-) -> Trained:
+) -> Watching:
     method = DMD2(DMD2Config.model_validate({"num_steps": 2, "fake_updates": 2, "batch": 4, **STAGES, **config}))
-    randomness, alone = Randomness(0), Distributed.single()
-    task = ImageGeneration({"train": data}, {})
-    ctx = RunContext(task, {"teacher": [teacher]}, randomness, alone, chained=chained, name="0-dmd2")
-    steps = 1 if checkpoints else None
-    engine = Engine(directory, distributed=alone, randomness=randomness, fingerprint="test", checkpoint_steps=steps)
-    seen = Watched()
-    engine.run(watched(method, method.phases(ctx), seen, kill_at))
-    return Trained(method, ctx, seen)
+    seen, task = Watched(), ImageGeneration({"train": data}, {})
+
+    def watch(phase: Train) -> None:
+        phase.step = watched_step(method, phase.name, phase.step, seen)
+
+    done = run_method(directory, method, task, teachers=[teacher], chained=chained, kill=kill, watch=watch)
+    return Watching(method, done.ctx, done.history, seen)
 
 
-def watched(method: DMD2, phases: Phases, seen: Watched, kill_at: tuple[str, int] | None) -> Phases:
-    """The same phases, looked at, and ended at a step as a kill would end them."""
-    answer: Any = None
-    while True:
-        try:
-            phase = phases.send(answer)
-        except StopIteration:
-            return
-        if isinstance(phase, Train):
-            phase.step = watched_step(method, phase.name, phase.step, seen, kill_at)
-        answer = yield phase
-
-
-def watched_step(method: DMD2, name: str, step: Any, seen: Watched, kill_at: tuple[str, int] | None) -> Any:
+def watched_step(method: DMD2, name: str, step: Any, seen: Watched) -> Any:
     def wrapped(batches: Any, i: int) -> Iterator[Update]:
-        if (name, i) == kill_at:
-            raise Killed
         inner, answer = step(batches, i), None
         while True:
             try:
@@ -345,12 +318,12 @@ def test_adapters_alone_are_trained_and_merged_into_plain_weights(tmp_path: Path
 
 
 def test_training_of_adapters_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
-    make: Callable[..., Trained] = lambda directory, **more: train(  # noqa: E731
+    make: Callable[..., Watching] = lambda directory, **more: train(  # noqa: E731
         tmp_path / directory, teacher_model(), lora_rank=2, **more
     )
     whole = make("whole").method.student()
     with pytest.raises(Killed):
-        make("killed", kill_at=("match", 2), checkpoints=True)
+        make("killed", kill=("match", 2))
     resumed = weights(make("killed").method.student())
     assert all(torch.equal(value, resumed[name]) for name, value in weights(whole).items())
 
@@ -359,13 +332,13 @@ def test_training_of_adapters_goes_on_to_the_same_bits_after_a_kill(tmp_path: Pa
 
 
 def test_training_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path) -> None:
-    make: Callable[..., Trained] = lambda directory, **more: train(  # noqa: E731
+    make: Callable[..., Watching] = lambda directory, **more: train(  # noqa: E731
         tmp_path / directory, teacher_model(), ema=0.5, **more
     )
     whole = make("whole").method.student()
-    for kill_at in (("match", 2), ("adversarial", 1)):
+    for kill in (("match", 2), ("adversarial", 1)):
         with pytest.raises(Killed):
-            make("killed", kill_at=kill_at, checkpoints=True)
+            make("killed", kill=kill)
     resumed = make("killed").method
     for name, value in weights(whole).items():
         assert torch.equal(value, weights(resumed.student())[name]), name
@@ -389,12 +362,9 @@ def test_steps_of_the_student_survive_saving(tmp_path: Path) -> None:
 def test_pruned_student_of_a_chain_is_distilled_against_the_original(tmp_path: Path) -> None:
     teacher = teacher_model(layers=4)
     before = copy.deepcopy(weights(teacher))
-    randomness, alone, task = Randomness(0), Distributed.single(), ImageGeneration({"train": "digits"}, {})
     stages = {"depth": PPCLStage(steps=1, lr=1e-3, batch=8), "finetune": PPCLStage(steps=0, lr=1e-3)}
     pruning = PPCL(PPCLConfig(calibration=64, intervals=[(1, 2)], keep=0.75, ffn=[3], **stages))
-    ctx = RunContext(task, {"teacher": [teacher]}, randomness, alone, name="0-ppcl")
-    engine = Engine(tmp_path / "ppcl", distributed=alone, randomness=randomness, fingerprint="test")
-    engine.run(pruning.phases(ctx))
+    run_method(tmp_path / "ppcl", pruning, ImageGeneration({"train": "digits"}, {}), teachers=[teacher])
 
     method = train(tmp_path / "dmd2", teacher, chained=pruning.student()).method
 

@@ -17,9 +17,8 @@ Distil = Callable[..., Any]
 def phases_of(distil: Distil, name: str, config: dict[str, Any]) -> dict[str, Train]:
     seen: dict[str, Train] = {}
 
-    def watch(phase: Train) -> Train:
+    def watch(phase: Train) -> None:
         seen[phase.name] = phase
-        return phase
 
     distil(name, {"steps": 1} | config, watch=watch)
     return seen
@@ -29,11 +28,10 @@ def test_the_hint_stage_of_fitnet_trains_the_student_up_to_its_guided_layer(dist
     before: dict[str, torch.Tensor] = {}
     after: dict[str, torch.Tensor] = {}
 
-    def watch(phase: Train) -> Train:
+    def watch(phase: Train) -> None:
         module = phase.state["student"]
         target = before if phase.name == "hint" else after
         target.update({name: value.detach().clone() for name, value in module.named_parameters()})
-        return phase
 
     config = {"hint": {"steps": 2, "batch": 8}, "guided_layer": "layer2", "hint_layer": "layer2"}
     distil("fitnet", config, watch=watch)
@@ -85,7 +83,7 @@ def test_the_memory_of_crd_moves_for_the_seen_samples_alone(distil: Distil) -> N
     start: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
 
-    def watch(phase: Train) -> Train:
+    def watch(phase: Train) -> None:
         start["bank"] = phase.state["memory"].student_bank.clone()
         memory.append(phase.state["memory"])
         step = phase.step
@@ -95,7 +93,6 @@ def test_the_memory_of_crd_moves_for_the_seen_samples_alone(distil: Distil) -> N
             return step(batches, i)
 
         phase.step = watched
-        return phase
 
     memory: list[Any] = []
     distil("crd", {"negatives": 8, "dimension": 4}, watch=watch)
@@ -107,10 +104,9 @@ def test_the_memory_of_crd_moves_for_the_seen_samples_alone(distil: Distil) -> N
 def test_crd_trains_both_projections(distil: Distil) -> None:
     start: list[torch.Tensor] = []
 
-    def watch(phase: Train) -> Train:
+    def watch(phase: Train) -> None:
         projections.append(phase.state["projections"])
         start.extend(p.detach().clone() for p in projections[0].parameters())
-        return phase
 
     projections: list[Any] = []
     distil("crd", {"negatives": 8, "dimension": 4}, watch=watch)

@@ -25,7 +25,7 @@ def two_teachers() -> list[Model]:
 
 def phase_of(distil: Distil, config: dict[str, Any], **arguments: Any) -> Train:
     seen: list[Train] = []
-    distil("meal-v2", {"steps": 1} | config, watch=lambda phase: seen.append(phase) or phase, **arguments)
+    distil("meal-v2", {"steps": 1} | config, watch=lambda phase: seen.append(phase), **arguments)
     return seen[0]
 
 
@@ -34,12 +34,11 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def test_labels_are_not_used(distil: Distil) -> None:
-    def other_labels(phase: Train) -> Train:
+    def other_labels(phase: Train) -> None:
         step = phase.step
         phase.step = lambda batches, i: step(
             {"train": batches["train"] | {"label": (batches["train"]["label"] + 3) % 10}}, i
         )
-        return phase
 
     usual = distil("meal-v2", directory="usual").weights
     assert same(usual, distil("meal-v2", directory="other", watch=other_labels).weights)
@@ -67,10 +66,9 @@ def test_each_teacher_sees_the_crop_with_its_own_normalisation(distil: Distil) -
 def test_teachers_stay_in_eval_mode_while_the_student_trains(distil: Distil) -> None:
     teachers, modes = two_teachers(), []
 
-    def watch(phase: Train) -> Train:
+    def watch(phase: Train) -> None:
         teachers[0].module.train()  # what another method may have left
         teachers[0].module.bn1.register_forward_hook(lambda layer, args, output: modes.append(layer.training))
-        return phase
 
     before = teachers[0].module.bn1.running_mean.clone()
     distil("meal-v2", teachers=teachers, watch=watch)
@@ -107,10 +105,9 @@ def test_one_teacher_a_step_is_drawn_anew_each_step(distil: Distil) -> None:
 
         return count
 
-    def watch(phase: Train) -> Train:
+    def watch(phase: Train) -> None:
         for place, teacher in enumerate(teachers):
             teacher.module.register_forward_hook(counter(place))
-        return phase
 
     distil("meal-v2", {"teachers_per_step": "one", "steps": 12}, teachers=teachers, watch=watch)
     assert sum(calls) == 12

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.context import RunContext
 from compressor.errors import RequestError
 from compressor.methods.generation.ppcl import (
     PPCL,
@@ -28,11 +27,9 @@ from compressor.methods.generation.ppcl import (
 )
 from compressor.models.anatomy.blocks import State, block_stack
 from compressor.models.linear_fit import LeastSquares
-from compressor.models.model import Model, ModelInfo
+from compressor.models.model import Model
 from compressor.tasks.image_generation import ImageGeneration
-from compressor.training.distributed import Distributed
-from compressor.training.engine import Engine
-from compressor.training.random import Randomness
+from tests.method_runs import Trained, run_method
 from tests.tiny_transformers import tiny
 
 
@@ -156,20 +153,13 @@ def test_text_runs_are_the_longest_that_resemble_their_anchor() -> None:
 
 
 def teacher_model(layers: int = 6) -> Model:
-    made = tiny("QwenImageTransformer2DModel", layers=layers)
-    config = {key: value for key, value in dict(made.module.config).items() if not key.startswith("_")}
-    return Model(made.module, ModelInfo("diffusers", "QwenImageTransformer2DModel", config))
+    return tiny("QwenImageTransformer2DModel", layers=layers).model()
 
 
-def train(directory: Path, teacher: Model, **config: Any) -> tuple[PPCL, Engine]:
+def train(directory: Path, teacher: Model, **config: Any) -> Trained:
     stages = {"depth": Stage(steps=3, lr=1e-3, batch=8), "finetune": Stage(steps=0, lr=1e-3)}
     method = PPCL(PPCLConfig(**{"calibration": 64, **stages, **config}))
-    randomness, alone = Randomness(0), Distributed.single()
-    task = ImageGeneration({"train": "digits"}, {})
-    ctx = RunContext(task, {"teacher": [teacher]}, randomness, alone, name="0-ppcl")
-    engine = Engine(directory, distributed=alone, randomness=randomness, fingerprint="test")
-    engine.run(method.phases(ctx), prefix="0-ppcl/")
-    return method, engine
+    return run_method(directory, method, ImageGeneration({"train": "digits"}, {}), teachers=[teacher])
 
 
 def weights(model: Model) -> dict[str, Tensor]:
@@ -179,8 +169,8 @@ def weights(model: Model) -> dict[str, Tensor]:
 def test_plugs_are_trained_alone_and_the_teacher_stays_as_it_is(tmp_path: Path) -> None:
     teacher = teacher_model()
     before = weights(teacher)
-    both, _ = train(tmp_path / "both", teacher, intervals=[(1, 2), (3, 4)], keep=1.0)
-    alone, _ = train(tmp_path / "alone", teacher, intervals=[(3, 4)], keep=1.0)
+    both = train(tmp_path / "both", teacher, intervals=[(1, 2), (3, 4)], keep=1.0).method
+    alone = train(tmp_path / "alone", teacher, intervals=[(3, 4)], keep=1.0).method
     after = weights(teacher)
     assert all(torch.equal(before[name], after[name]) for name in before)
     start = block_stack(teacher.module).blocks[3].state_dict()
@@ -192,7 +182,7 @@ def test_plugs_are_trained_alone_and_the_teacher_stays_as_it_is(tmp_path: Path) 
 
 def test_every_stage_runs_and_the_budget_is_met(tmp_path: Path) -> None:
     teacher = teacher_model()
-    method, engine = train(
+    trained = train(
         tmp_path,
         teacher,
         keep=0.5,
@@ -203,31 +193,30 @@ def test_every_stage_runs_and_the_budget_is_met(tmp_path: Path) -> None:
     )
     size = [
         sum(p.numel() for b in block_stack(m.module).blocks for p in b.parameters())
-        for m in (method.student(), teacher)
+        for m in (trained.method.student(), teacher)
     ]
     assert size[0] <= 0.5 * size[1]
-    assert not method.notes
-    phases = sorted(path.name.partition("-")[2] for path in (tmp_path / "0-ppcl").iterdir())
+    assert not trained.method.notes
+    phases = sorted(path.name.partition("-")[2] for path in tmp_path.glob("*-*"))
     assert phases == sorted(["probes", "cka", "depth", "survey", "maps", "width", "finetune"])
-    assert set(engine.history["0-ppcl/finetune"]) == {"teacher", "data"}
+    assert set(trained.history["finetune"]) == {"teacher", "data"}
 
 
 def test_student_of_depth_alone_is_a_plain_shorter_model(tmp_path: Path) -> None:
-    method, _ = train(tmp_path, teacher_model(), intervals=[(1, 2), (3, 4)], keep=0.7)
-    student = method.student()
+    student = train(tmp_path, teacher_model(), intervals=[(1, 2), (3, 4)], keep=0.7).method.student()
     assert student.info.edits == ()
     assert student.info.config["num_layers"] == len(block_stack(student.module).blocks) == 4
 
 
 def test_unreachable_budget_is_said_and_the_smallest_layout_made(tmp_path: Path) -> None:
-    method, _ = train(tmp_path, teacher_model(), intervals=[(1, 2)], keep=0.1)
+    method = train(tmp_path, teacher_model(), intervals=[(1, 2)], keep=0.1).method
     assert "keep=0.1 cannot be met: the smallest layout keeps 0.83" in method.notes[0]
     assert len(block_stack(method.student().module).blocks) == 5
 
 
 def test_all_plugs_off_is_the_teacher(tmp_path: Path) -> None:
     teacher = teacher_model()
-    method, _ = train(tmp_path, teacher, intervals=[(1, 2)], active=[])
+    method = train(tmp_path, teacher, intervals=[(1, 2)], active=[]).method
     assert all(torch.equal(weights(teacher)[name], value) for name, value in weights(method.student()).items())
 
 

@@ -21,17 +21,13 @@ from compressor.models.model import Model, ModelInfo, load_model, save_model
 from compressor.models.spec import load_model_spec
 from compressor.tasks.classification import Classification
 from compressor.tasks.segmentation import Segmentation
-from compressor.training.phase import Train
 from tests.exporters.test_quantization import DigitNet, accuracy, calibration, packed, torch_accuracy
 
-from .conftest import TEACHER, Killed
-from .test_sparsity import denoiser, images, resolved, run, zeros
+from . import changed_models
+from .changed_models import denoiser, images, resolved, run, state_of, zeros
+from .conftest import TEACHER
 
-SMALL = {"steps": 3, "batch": 8, "calibration_batches": 2}
-
-
-def bits_of(model: Model) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.module.state_dict().items()}
+SMALL = changed_models.SMALL["qat"]
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -48,11 +44,11 @@ def test_fine_tuning_brings_the_rounded_logits_back_to_the_float_model(distil: C
 def test_model_as_it_came_is_matched_and_neither_it_nor_any_statistics_change(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = load_model_spec(TEACHER)
-    before, modes = bits_of(teacher), []
-    watch = lambda phase: modes.extend(phase.modes if isinstance(phase, Train) else [])  # noqa: E731
-    method = run(tmp_path, "qat", SMALL, task=images(), teacher=teacher, watch=watch)
-    assert all(torch.equal(value, before[name]) for name, value in bits_of(teacher).items())
-    after = bits_of(method.student())
+    before, modes = state_of(teacher), []
+    watch = lambda phase: modes.extend(phase.modes)  # noqa: E731
+    trained = run(tmp_path, "qat", SMALL, task=images(), teacher=teacher, watch=watch)
+    assert all(torch.equal(value, before[name]) for name, value in state_of(teacher).items())
+    after = state_of(trained.student())
     assert sorted(after) == sorted(before)
     statistics = [name for name in before if "running_" in name]
     assert statistics and all(torch.equal(after[name], before[name]) for name in statistics)
@@ -63,29 +59,37 @@ def test_model_as_it_came_is_matched_and_neither_it_nor_any_statistics_change(tm
 def test_student_has_plain_weights_in_a_plain_class(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = load_model_spec(TEACHER)
-    method = run(tmp_path / "run", "qat", SMALL, task=images(), teacher=teacher)
-    student = method.student()
+    trained = run(tmp_path / "run", "qat", SMALL, task=images(), teacher=teacher)
+    student = trained.student()
     assert student.info == teacher.info and not quantised_weights(student.module)
     assert (
-        "7-bit weights in 14 layers (18,656 of 19,082 parameters)" in method.notes[0]
-        and "8-bit inputs of 14" in method.notes[0]
+        "7-bit weights in 14 layers (18,656 of 19,082 parameters)" in trained.method.notes[0]
+        and "8-bit inputs of 14" in trained.method.notes[0]
     )
     save_model(student, tmp_path / "student")
     loaded, image = load_model(tmp_path / "student"), torch.randn(2, 1, 32, 32)
     assert torch.equal(loaded.module.eval()(image), student.module.eval()(image))
 
 
+def test_excluded_layers_are_not_rounded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    rounded: list[str] = []
+    watch = lambda phase: rounded.extend(w.layer for w in quantised_weights(phase.state["student"]))  # noqa: E731
+    config = {**SMALL, "exclude": ["layer1", "fc"]}
+    trained = run(tmp_path, "qat", config, task=images(), teacher=load_model_spec(TEACHER), watch=watch)
+    assert rounded and not any(layer == "fc" or layer.startswith("layer1.") for layer in rounded)
+    assert f"8-bit inputs of {len(rounded)};" in trained.method.notes[0]
+    with pytest.raises(RequestError, match=r"qat.exclude: the model has no layer 'layer9'"):
+        run(
+            tmp_path / "wrong", "qat", {**SMALL, "exclude": ["layer9"]}, task=images(), teacher=load_model_spec(TEACHER)
+        )
+
+
 def test_no_steps_leave_the_weights_as_they_were(tmp_path: Path) -> None:
     teacher = denoiser()
-    before = bits_of(teacher)
-    after = bits_of(run(tmp_path, "qat", {**SMALL, "steps": 0}, teacher=teacher).student())
+    before = state_of(teacher)
+    after = state_of(run(tmp_path, "qat", {**SMALL, "steps": 0}, teacher=teacher).student())
     assert all(torch.equal(value, after[name]) for name, value in before.items())
-
-
-def test_labels_count_when_they_are_given_a_weight(distil: Callable[..., Any]) -> None:
-    config = {"calibration_batches": 1}
-    assert set(distil("qat", config | {"data_weight": 0.5}).history["distil"]) == {"match", "cross_entropy"}
-    assert set(distil("qat", config, directory="other").history["distil"]) == {"match"}
 
 
 def test_segmenter_is_brought_back(tmp_path: Path) -> None:
@@ -96,20 +100,6 @@ def test_segmenter_is_brought_back(tmp_path: Path) -> None:
     config = {**SMALL, "steps": 40, "augment": "none", "weight_bits": 3}
     curve = run(tmp_path, "qat", config, task=task, teacher=model).history["distil"]["match"]
     assert curve[-1][1] < 0.6 * curve[0][1]
-
-
-@pytest.mark.parametrize(
-    ("extra", "config", "message"),
-    [
-        ({"student_timesteps": [999]}, {"data_weight": 1.0}, "qat: a few-step generator has no target in the data"),
-        ({}, {"augment": "shift"}, "qat: augment, views and data_seed mean nothing for diffusion"),
-    ],
-)
-def test_keys_that_mean_nothing_for_a_generator_are_refused(
-    tmp_path: Path, extra: dict[str, Any], config: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RequestError, match=message):
-        run(tmp_path, "qat", {**SMALL, **config}, teacher=denoiser(**extra))
 
 
 def test_model_without_layers_to_quantise_is_refused(tmp_path: Path) -> None:
@@ -129,28 +119,10 @@ def test_model_without_layers_to_quantise_is_refused(tmp_path: Path) -> None:
 # --- what holds ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["classification", "multi-step", "few-step"])
-def test_training_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path, kind: str) -> None:
-    def make(directory: str, **more: Any) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        own = {"student_timesteps": [999, 499]} if kind == "few-step" else {}
-        teacher = load_model_spec(TEACHER) if kind == "classification" else denoiser(**own)
-        task = images() if kind == "classification" else None
-        return bits_of(run(tmp_path / directory, "qat", SMALL, task=task, teacher=teacher, **more).student())
-
-    whole = make("whole")
-    with pytest.raises(Killed):
-        make("killed", kill_at=2)
-    resumed, loaded = make("killed"), make("killed")
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]) and torch.equal(value, loaded[name]), name
-
-
 def test_zeros_of_a_sparse_model_hold(tmp_path: Path) -> None:
     torch.manual_seed(0)
     teacher = load_model_spec(TEACHER)
-    config = {"steps": 2, "batch": 8, "min_weights": 16}
-    sparse = run(tmp_path / "a", "sparsity", config, task=images(), teacher=teacher).student()
+    sparse = run(tmp_path / "a", "sparsity", changed_models.SMALL["sparsity"], task=images(), teacher=teacher).student()
     before = zeros(sparse)
     after = run(tmp_path / "b", "qat", SMALL, task=images(), teacher=teacher, chained=sparse).student()
     assert before and all(torch.equal(mask, before[name]) for name, mask in zeros(after).items())
@@ -176,10 +148,10 @@ def test_exported_graph_is_the_plain_student(tmp_path: Path) -> None:
     from compressor.profiles.target import load_target
 
     torch.manual_seed(0)
-    method = run(tmp_path / "run", "qat", SMALL, task=images(), teacher=load_model_spec(TEACHER))
-    deployable = method.deployables(method.ctx)["student"]
+    trained = run(tmp_path / "run", "qat", SMALL, task=images(), teacher=load_model_spec(TEACHER))
+    deployable = trained.method.deployables(trained.ctx)["student"]
     export(deployable, load_target("ort-fp32"), tmp_path / "artifact")
-    engine, request = LoadedEngine(tmp_path / "artifact"), method.ctx.task.request(3)
+    engine, request = LoadedEngine(tmp_path / "artifact"), trained.ctx.task.request(3)
     expected = torch_driver(deployable)(request, seed=0)["logits"]
     np.testing.assert_allclose(engine.driver(request, seed=0)["logits"], expected, atol=1e-4)
     engine.close()

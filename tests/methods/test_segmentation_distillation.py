@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from compressor.context import RunContext
 from compressor.methods.classification.kd import kd_objective
 from compressor.models.spec import load_model_spec
 from compressor.registry import load_method
 from compressor.tasks.segmentation import Segmentation
-from compressor.training.distributed import Distributed
-from compressor.training.engine import Engine
-from compressor.training.random import Randomness
 from compressor.training.teacher_cache import keep_top, restore_top
+from tests.method_runs import Killed, run_method
 
 METHODS = ("kd", "fitnet", "at")
 SMALL: dict[str, dict[str, Any]] = {"fitnet": {"hint": {"steps": 1, "batch": 4}}}
@@ -28,10 +24,6 @@ VIT = (
 )
 
 
-class Killed(BaseException):
-    """Stands for the end of the process."""
-
-
 def distil(
     directory: Path, name: str, config: dict[str, Any] | None = None, *, kill_at: int | None = None, student: str = CNN
 ) -> dict[str, torch.Tensor]:
@@ -40,29 +32,12 @@ def distil(
     torch.manual_seed(1)
     teacher = load_model_spec(VIT, defaults=defaults, task="segmentation")
     learner = load_model_spec(student, defaults=defaults, task="segmentation")
-    alone, randomness = Distributed.single("cpu"), Randomness(0)
-    ctx = RunContext(task, {"teacher": [teacher]}, randomness, alone, students={"student": learner.copy}, name=name)
     kind = load_method(name)
     method = kind(kind.Config.model_validate({"steps": 3, "batch": 4, **SMALL.get(name, {}), **(config or {})}))
     torch.manual_seed(2)
-
-    def phases() -> Any:
-        for phase in method.phases(ctx):  # no phase of these is answered
-            if kill_at is not None and phase.name == "distil":
-                phase.step = killed(phase.step, kill_at)  # type: ignore[union-attr]
-            yield phase
-
-    Engine(directory, distributed=alone, randomness=randomness, fingerprint="test", checkpoint_steps=1).run(phases())
-    return method.student().module.state_dict()
-
-
-def killed(step: Any, at: int) -> Callable[..., Any]:
-    def wrapped(batches: Any, i: int) -> Any:
-        if i == at:
-            raise Killed
-        return step(batches, i)
-
-    return wrapped
+    kill = None if kill_at is None else ("distil", kill_at)
+    students = {"student": learner.copy}
+    return run_method(directory, method, task, teachers=[teacher], students=students, kill=kill).weights
 
 
 @pytest.mark.parametrize("name", METHODS)

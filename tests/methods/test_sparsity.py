@@ -11,110 +11,38 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.context import RunContext
 from compressor.diffusion.denoiser import Denoiser
 from compressor.errors import RequestError
 from compressor.models.edits.sparsity import fold, masked_weights, weights_of
 from compressor.models.model import Model, ModelInfo, load_model, save_model
 from compressor.models.spec import load_model_spec
-from compressor.recipe import Recipe
-from compressor.recipe_resolution import Flags
-from compressor.registry import load_method
 from compressor.sparsity import layers_called
 from compressor.tasks.classification import Classification
-from compressor.tasks.image_generation import ImageGeneration
 from compressor.tasks.segmentation import Segmentation
-from compressor.training.distributed import Distributed
-from compressor.training.engine import Engine
-from compressor.training.phase import Phases, Train
-from compressor.training.random import Randomness
-from compressor.training.self_distillation import relative_error
-from tests.tiny_transformers import tiny
 
-from .conftest import TEACHER, Killed
+from . import changed_models
+from .changed_models import denoiser, images, resolved, run, zeros
+from .conftest import TEACHER
 
-QWEN = "QwenImageTransformer2DModel"
-SMALL = {"steps": 2, "batch": 8, "min_weights": 16}
+SMALL = changed_models.SMALL["sparsity"]
 STAGES = {"steps": 2, "lr": 1e-3, "fake_lr": 1e-3, "warmup": 0}
-
-
-def denoiser(**extra: Any) -> Model:
-    made = tiny(QWEN, layers=2)
-    config = {key: value for key, value in dict(made.module.config).items() if not key.startswith("_")}
-    return Model(made.module, ModelInfo("diffusers", QWEN, config, extra=extra))
-
-
-def run(
-    directory: Path,
-    name: str,
-    config: Mapping[str, Any],
-    *,
-    task: Any = None,
-    teacher: Model | None = None,
-    chained: Model | None = None,
-    kill_at: int | None = None,
-    watch: Callable[[Train], None] = lambda phase: None,
-) -> Any:
-    """Run a method's phases on the digits (or a task); the method."""
-    method_class = load_method(name)
-    method = method_class(method_class.Config.model_validate(config))
-    randomness, alone = Randomness(0), Distributed.single("cpu")
-    teachers = {"teacher": [teacher]} if teacher is not None else {}
-    task = task or ImageGeneration({"train": "digits"}, {})
-    ctx = RunContext(task, teachers, randomness, alone, chained=chained, name=f"0-{name}")
-    every = 1 if kill_at is not None else None
-    engine = Engine(directory, distributed=alone, randomness=randomness, fingerprint="test", checkpoint_steps=every)
-    engine.run(watched(method.phases(ctx), kill_at, watch))
-    method.ctx, method.history = ctx, engine.history
-    return method
-
-
-def watched(phases: Phases, kill_at: int | None, watch: Callable[[Train], None]) -> Phases:
-    answer = None
-    while True:
-        try:
-            phase = phases.send(answer)
-        except StopIteration:
-            return
-        if isinstance(phase, Train):
-            watch(phase)
-            if kill_at is not None:
-                phase.step = killed_at(phase.step, kill_at)
-        answer = yield phase
-
-
-def killed_at(step: Any, kill_at: int) -> Any:
-    def wrapped(batches: Any, i: int) -> Any:
-        if i == kill_at:
-            raise Killed
-        return step(batches, i)
-
-    return wrapped
-
-
-def zeros(model: Model) -> dict[str, Tensor]:
-    return {weight.name: weight.value.detach() == 0 for weight in masked_weights(model.module)}
 
 
 def is_two_of_four(weight: Tensor) -> bool:
     return bool((weight.movedim(1, -1).unflatten(-1, (-1, 4)) != 0).sum(-1).le(2).all())
 
 
-def images() -> Classification:
-    return Classification({"train": "scenes"}, {})
-
-
 # --- which layers ----------------------------------------------------------------------------------------------------
 
 
 def test_first_and_last_called_layer_stay_dense_whatever_their_place_in_the_module(tmp_path: Path) -> None:
-    method = run(tmp_path, "sparsity", SMALL, teacher=denoiser())
-    names = {weight.layer for weight in masked_weights(method.student().module)}
-    every = {weight.layer for weight in weights_of(method.student().module)}
+    trained = run(tmp_path, "sparsity", SMALL, teacher=denoiser())
+    names = {weight.layer for weight in masked_weights(trained.student().module)}
+    every = {weight.layer for weight in weights_of(trained.student().module)}
     assert {"img_in", "proj_out"} <= every - names
     assert {"transformer_blocks.0.attn.to_q", "transformer_blocks.1.img_mlp.net.2"} <= names
-    assert any("dense (the first layer): img_in" in note for note in method.notes)
-    assert all(is_two_of_four(weight.value) for weight in masked_weights(method.student().module))
+    assert any("dense (the first layer): img_in" in note for note in trained.method.notes)
+    assert all(is_two_of_four(weight.value) for weight in masked_weights(trained.student().module))
 
 
 def test_excluded_small_and_indivisible_layers_stay_dense_and_are_named(distil: Callable[..., Any]) -> None:
@@ -143,24 +71,11 @@ def test_layers_are_listed_in_the_order_of_their_first_call() -> None:
 # --- what is matched -------------------------------------------------------------------------------------------------
 
 
-def test_relative_error_is_one_for_zeros_and_gives_the_wanted_no_gradient() -> None:
-    wanted = torch.tensor([3.0, 4.0], requires_grad=True)
-    guess = torch.zeros(2, requires_grad=True)
-    error = relative_error([guess, wanted * 1], [wanted, wanted])
-    assert error.item() == 0.5
-    assert torch.autograd.grad(error, [wanted], allow_unused=True)[0].abs().max() == 0
-
-
 @pytest.mark.parametrize("pattern", ["2:4", "0.8", "block:4x4:0.5"])
 def test_fine_tuning_brings_the_logits_back_to_the_dense_model(distil: Callable[..., Any], pattern: str) -> None:
     config = {"pattern": pattern, "steps": 40, "batch": 16, "lr": 5e-3, "augment": "none"}
     curve = distil("sparsity", config).history["distil"]["match"]
     assert curve[-1][1] < 0.6 * curve[0][1]
-
-
-def test_labels_count_when_they_are_given_a_weight(distil: Callable[..., Any]) -> None:
-    assert set(distil("sparsity", {"data_weight": 0.5}).history["distil"]) == {"match", "cross_entropy"}
-    assert set(distil("sparsity", {}, directory="other").history["distil"]) == {"match"}
 
 
 class PairOfHeads(Classification):
@@ -195,10 +110,10 @@ def test_supervised_task_without_a_matcher_matches_all_outputs(tmp_path: Path, m
     monkeypatch.setattr(PairOfHeads, "deployable", packed)
     task = PairOfHeads({"train": "scenes"}, {})
     config = {**SMALL, "steps": 30, "lr": 1e-2, "augment": "none"}
-    method = run(tmp_path, "sparsity", config, task=task, teacher=model)
-    curve = method.history["distil"]["match"]
+    trained = run(tmp_path, "sparsity", config, task=task, teacher=model)
+    curve = trained.history["distil"]["match"]
     assert curve[-1][1] < 0.7 * curve[0][1]
-    assert [weight.name for weight in masked_weights(method.student().module)] == ["body.2.weight"]
+    assert [weight.name for weight in masked_weights(trained.student().module)] == ["body.2.weight"]
 
 
 def test_segmenter_is_brought_back_and_its_zeros_are_exported(tmp_path: Path) -> None:
@@ -207,11 +122,11 @@ def test_segmenter_is_brought_back_and_its_zeros_are_exported(tmp_path: Path) ->
     spec = "timm:resnet18?layers=[1,1,1,1],channels=[4,4,8,8],width=16"
     model = load_model_spec(spec, defaults=task.student_defaults(), task="segmentation")
     config = {**SMALL, "steps": 20, "lr": 5e-3, "augment": "none"}
-    method = run(tmp_path, "sparsity", config, task=task, teacher=model)
-    curve = method.history["distil"]["match"]
+    trained = run(tmp_path, "sparsity", config, task=task, teacher=model)
+    curve = trained.history["distil"]["match"]
     assert curve[-1][1] < 0.8 * curve[0][1]
-    packed = next(iter(method.deployables(method.ctx)["student"].graphs.values())).module
-    names = {weight.name for weight in masked_weights(method.student().module)}
+    packed = next(iter(trained.method.deployables(trained.ctx)["student"].graphs.values())).module
+    names = {weight.name for weight in masked_weights(trained.student().module)}
     plain = {weight.name.removeprefix("module."): weight.value for weight in weights_of(packed)}
     assert names and all(is_two_of_four(plain[name]) for name in names)
 
@@ -228,36 +143,22 @@ def test_few_step_generator_is_asked_on_its_own_inputs_at_its_own_levels(
 
     monkeypatch.setattr(Denoiser, "forward", spy)
     config = {**SMALL, "steps": 8, "batch": 4}
-    method = run(tmp_path, "sparsity", config, teacher=denoiser(student_timesteps=[999, 499]))
-    trained = [levels for grad, levels in asked if grad]
-    assert len(trained) == 8 and {level for levels in trained for level in levels} == {1.0, 0.5}
-    assert any(len(set(levels)) == 2 for levels in trained)
-    assert method.student().info.extra["student_timesteps"] == [999, 499]
-    assert method.deployables(method.ctx)["student"].driver.settings["rule"] == "renoise"
-
-
-@pytest.mark.parametrize(
-    ("extra", "config", "message"),
-    [
-        ({"student_timesteps": [999]}, {"data_weight": 1.0}, "a few-step generator has no target in the data"),
-        ({}, {"augment": "shift"}, "augment, views and data_seed mean nothing for diffusion"),
-    ],
-)
-def test_keys_that_mean_nothing_for_a_generator_are_refused(
-    tmp_path: Path, extra: dict[str, Any], config: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(RequestError, match=message):
-        run(tmp_path, "sparsity", {**SMALL, **config}, teacher=denoiser(**extra))
+    trained = run(tmp_path, "sparsity", config, teacher=denoiser(student_timesteps=[999, 499]))
+    with_gradient = [levels for grad, levels in asked if grad]
+    assert len(with_gradient) == 8 and {level for levels in with_gradient for level in levels} == {1.0, 0.5}
+    assert any(len(set(levels)) == 2 for levels in with_gradient)
+    assert trained.student().info.extra["student_timesteps"] == [999, 499]
+    assert trained.method.deployables(trained.ctx)["student"].driver.settings["rule"] == "renoise"
 
 
 def test_no_steps_leave_the_kept_weights_as_they_were(tmp_path: Path) -> None:
     teacher = denoiser()
     dense = {name: value.clone() for name, value in teacher.module.state_dict().items()}
-    method = run(tmp_path, "sparsity", {**SMALL, "steps": 0}, teacher=teacher)
-    plain, masks = fold(method.student().module).state_dict(), zeros(method.student())
+    trained = run(tmp_path, "sparsity", {**SMALL, "steps": 0}, teacher=teacher)
+    plain, masks = fold(trained.student().module).state_dict(), zeros(trained.student())
     for name, value in dense.items():
         assert torch.equal(plain[name], value.masked_fill(masks[name], 0) if name in masks else value), name
-    assert any("are zero (50.0 %)" in note for note in method.notes)
+    assert any("are zero (50.0 %)" in note for note in trained.method.notes)
 
 
 # --- what holds afterwards -------------------------------------------------------------------------------------------
@@ -289,25 +190,6 @@ def test_zeros_hold_in_a_generator_that_is_distilled_to_few_steps(tmp_path: Path
     assert all(torch.equal(mask, before[name]) for name, mask in zeros(loaded).items())
 
 
-@pytest.mark.parametrize("kind", ["classification", "multi-step", "few-step"])
-def test_training_goes_on_to_the_same_bits_after_a_kill(tmp_path: Path, kind: str) -> None:
-    def make(directory: str, **more: Any) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        own = {"student_timesteps": [999, 499]} if kind == "few-step" else {}
-        teacher = load_model_spec(TEACHER) if kind == "classification" else denoiser(**own)
-        task = images() if kind == "classification" else None
-        method = run(tmp_path / directory, "sparsity", {**SMALL, "steps": 4}, task=task, teacher=teacher, **more)
-        state: dict[str, Tensor] = method.student().module.state_dict()
-        return state
-
-    whole = make("whole")
-    with pytest.raises(Killed):
-        make("killed", kill_at=2)
-    resumed, loaded = make("killed"), make("killed")
-    for name, value in whole.items():
-        assert torch.equal(value, resumed[name]) and torch.equal(value, loaded[name]), name
-
-
 def test_exported_weights_hold_the_zeros_and_no_mask(tmp_path: Path) -> None:
     import onnx
     from onnx import numpy_helper
@@ -317,27 +199,23 @@ def test_exported_weights_hold_the_zeros_and_no_mask(tmp_path: Path) -> None:
     from compressor.profiles.target import load_target
 
     torch.manual_seed(0)
-    method = run(tmp_path / "run", "sparsity", SMALL, task=images(), teacher=load_model_spec(TEACHER))
-    deployable = method.deployables(method.ctx)["student"]
+    trained = run(tmp_path / "run", "sparsity", SMALL, task=images(), teacher=load_model_spec(TEACHER))
+    deployable = trained.method.deployables(trained.ctx)["student"]
     export(deployable, load_target("ort-fp32"), tmp_path / "artifact")
     graph = onnx.load(next((tmp_path / "artifact").glob("*.onnx"))).graph
     arrays = [numpy_helper.to_array(one) for one in graph.initializer]
     kernels = [torch.from_numpy(np.array(a)) for a in arrays if a.ndim == 4 and a.shape[1] % 4 == 0]
-    assert len(kernels) == len(masked_weights(method.student().module)) > 3
+    assert len(kernels) == len(masked_weights(trained.student().module)) > 3
     assert all(is_two_of_four(kernel) and (kernel == 0).float().mean() == 0.5 for kernel in kernels)
     assert not any(a.dtype == bool for a in arrays)
     assert not masked_weights(deployable.graphs["classifier"].module)
-    engine, request = LoadedEngine(tmp_path / "artifact"), method.ctx.task.request(3)
+    engine, request = LoadedEngine(tmp_path / "artifact"), trained.ctx.task.request(3)
     expected = torch_driver(deployable)(request, seed=0)["logits"]
     np.testing.assert_allclose(engine.driver(request, seed=0)["logits"], expected, atol=1e-4)
     engine.close()
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
-
-
-def resolved(**flags: Any) -> Recipe:
-    return Recipe().resolve(Flags(**flags))
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "0.8", "block:32x32:0.8"])

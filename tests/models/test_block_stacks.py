@@ -37,9 +37,8 @@ def test_walk_equals_the_librarys_forward_when_text_is_padded(name: str) -> None
 def test_walk_equals_the_librarys_forward_when_pixart_takes_resolutions() -> None:
     model = tiny("PixArtTransformer2DModel")
     torch.manual_seed(1)
-    config = {key: value for key, value in dict(model.module.config).items() if not key.startswith("_")}
     model.module = diffusers.PixArtTransformer2DModel(
-        **config | {"use_additional_conditions": True, "attention_head_dim": 24, "cross_attention_dim": 48}
+        **model.config | {"use_additional_conditions": True, "attention_head_dim": 24, "cross_attention_dim": 48}
     ).eval()
     walked = block_stack(model.module).forward(model.sample, model.timestep, model.condition)
     assert torch.equal(walked, model.library_output())
@@ -49,8 +48,7 @@ def test_walk_equals_the_librarys_forward_when_pixart_takes_resolutions() -> Non
 def test_walk_equals_the_librarys_forward_when_sd3_has_dual_attention() -> None:
     model = tiny("SD3Transformer2DModel")
     torch.manual_seed(1)
-    config = {key: value for key, value in dict(model.module.config).items() if not key.startswith("_")}
-    model.module = diffusers.SD3Transformer2DModel(**config | {"dual_attention_layers": (1, 2)}).eval()
+    model.module = diffusers.SD3Transformer2DModel(**model.config | {"dual_attention_layers": (1, 2)}).eval()
     stack = block_stack(model.module)
     assert torch.equal(stack.forward(model.sample, model.timestep, model.condition), model.library_output())
     pruned = stack.rebuild([stack.blocks[0], stack.blocks[2], stack.blocks[3]])

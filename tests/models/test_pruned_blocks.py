@@ -160,8 +160,7 @@ def test_fitted_maps_bring_the_pruned_stack_near_the_whole_one() -> None:
 @torch.no_grad()
 def test_edited_model_is_saved_and_built_again(name: str, tmp_path: object) -> None:
     made = tiny(name)
-    config = {key: value for key, value in dict(made.module.config).items() if not key.startswith("_")}
-    config = json.loads(json.dumps(config))
+    config = json.loads(json.dumps(made.config))
     model = Model(made.module, ModelInfo("diffusers", name, config))
     text = name in JOINT and name != "SD3Transformer2DModel"
     plan = [
