@@ -130,7 +130,7 @@ class Recipe(_Section):
     budget: float = Field(1.0, gt=0, le=1000)
     """Factor on the number of steps of every phase."""
     steps: int | None = Field(None, ge=1)
-    """Steps of the only training phase, for methods that have one."""
+    """Steps of the only training phase, for methods that have one; in a resolved recipe they stand with the method."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of everything random."""
     device: Annotated[str, AfterValidator(_known_device)] = "auto"

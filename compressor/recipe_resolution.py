@@ -59,8 +59,10 @@ def resolve(written: Recipe, flags: Flags) -> Recipe:
     _apply_flags(values, flags, [method.needs for method in classes])
     for entry, method in zip(entries, classes, strict=True):
         entry["config"] = _merge(default_config(method, own_data=_own_data(method, values)), entry["config"])
+    _apply_steps(values, entries)
     for setting in flags.settings:
         _apply_setting(setting, values, entries, classes)
+    _apply_steps(values, entries)  # --set recipe.steps=N
     for entry, method in zip(entries, classes, strict=True):
         entry["config"] = validated(method.Config, entry["config"], prefix=method.name).model_dump(mode="json")
     values["methods"] = entries
@@ -201,6 +203,25 @@ def _apply_flags(values: dict[str, Any], flags: Flags, needs: Sequence[Needs]) -
             values[kind] = {**values.get(kind, {}), **chosen}
 
 
+def _apply_steps(values: dict[str, Any], entries: Sequence[dict[str, Any]]) -> None:
+    """Move the recipe's ``steps`` to where every method keeps its own."""
+    steps = Recipe.parse({"steps": values.pop("steps", None)}).steps
+    for entry in entries if steps is not None else ():
+        entry["config"] = _with_steps(entry["config"], steps, entry["name"])
+
+
+def _with_steps(config: dict[str, Any], steps: int, name: str) -> dict[str, Any]:
+    places = [
+        key for key, value in config.items() if key == "steps" or (isinstance(value, Mapping) and value.get("steps"))
+    ]
+    if len(places) != 1:
+        keys = [f"{name}.steps" if place == "steps" else f"{name}.{place}.steps" for place in places]
+        has = " and ".join(keys) or "no phase"
+        raise RequestError(f"--steps suits methods of one training phase; {name} has {has}: use --set or --budget")
+    place = places[0]
+    return {**config, place: steps if place == "steps" else {**config[place], "steps": steps}}
+
+
 def _limited(targets: Sequence[str | dict[str, Any]], max_drop: float) -> list[str | dict[str, Any]]:
     """The targets, those of eight bits with another `calibration.max_drop`."""
     limited = [
@@ -277,12 +298,12 @@ def _apply_setting(
         place = len(names) - 1 - names[::-1].index(head)
         _require(classes[place].Config, rest, f"{head}.", setting)
         _put(entries[place]["config"], rest.split("."), value)
-    elif in_recipe and owners:
+    elif in_recipe and owners and key != "steps":  # the recipe's steps are the method's
         raise RequestError(f"--set {setting}: {key!r} is ambiguous: write recipe.{key} or {names[owners[-1]]}.{key}")
-    elif in_recipe:
-        _put(values, key.split("."), value)
     elif owners:
         _put(entries[owners[-1]]["config"], key.split("."), value)
+    elif in_recipe:
+        _put(values, key.split("."), value)
     else:
         known = [path for path in key_paths(Recipe) if not path.startswith("methods")]
         known += [path for method in classes for path in key_paths(method.Config)]

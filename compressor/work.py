@@ -273,19 +273,4 @@ def scaled_entry(entry: MethodEntry, recipe: Recipe, changes: Mapping[str, objec
             for key, inner in value.items()
         }
 
-    config = {**entry.config, **(changes or {})}
-    if recipe.steps is not None:
-        config = _with_steps(config, recipe.steps, entry.name)
-    return MethodEntry(name=entry.name, config=scale(config))
-
-
-def _with_steps(config: dict[str, Any], steps: int, name: str) -> dict[str, Any]:
-    """Put ``--steps`` where the method's only number of steps stands."""
-    places = [
-        key for key, value in config.items() if key == "steps" or (isinstance(value, Mapping) and value.get("steps"))
-    ]
-    if len(places) != 1:
-        phases = ", ".join(f"{name}.{place}.steps" for place in places) or "no phase"
-        raise RequestError(f"--steps suits methods of one training phase; {name} has {phases}: use --set or --budget")
-    place = places[0]
-    return {**config, place: steps if place == "steps" else {**config[place], "steps": steps}}
+    return MethodEntry(name=entry.name, config=scale({**entry.config, **(changes or {})}))

@@ -87,12 +87,12 @@ def test_flags_and_file_give_the_same_recipe(toy_methods: None) -> None:
     by_flags = resolve(
         methods=["toy"], targets=["trt-fp16", "ort-fp32"], teachers=["diffusers:/a/b=c"], data=["imagefolder:/d"],
         steps=3, budget=0.5, seed=7, device="cpu", trust_remote_code=True,
-        settings=["keep=0.75", "part.steps=5", "evaluation.samples=100", "benchmark.batches=[1, 4]"],
+        settings=["keep=0.75", "part.lr=0.25", "evaluation.samples=100", "benchmark.batches=[1, 4]"],
     )  # fmt: skip
     by_file = resolve("""
         methods:
           - name: toy
-            config: {keep: 0.75, part: {steps: 5}}
+            config: {keep: 0.75, part: {lr: 0.25}}
         targets: [trt-fp16, ort-fp32]
         teachers: {teacher: ['diffusers:/a/b=c']}
         data: {train: 'imagefolder:/d'}
@@ -136,6 +136,19 @@ def test_settings_go_to_the_last_method_that_has_the_key(toy_methods: None) -> N
     assert recipe.methods[0].config["keep"] == 1
     assert recipe.methods[0].config["part"] == {"steps": 20, "lr": 0.2}
     assert recipe.budget == 3
+
+
+def test_steps_stand_with_the_method_whose_only_training_phase_they_are(toy_methods: None) -> None:
+    for recipe in (
+        resolve(methods=["toy"], steps=3),
+        resolve("{methods: toy, steps: 3}"),
+        resolve("{methods: toy, steps: 9}", steps=3),
+        resolve("{methods: [{name: toy, config: {part: {steps: 9}}}]}", steps=3),
+        resolve(methods=["toy"], settings=["recipe.steps=3"]),
+    ):
+        assert (recipe.steps, recipe.methods[0].config["part"]["steps"]) == (None, 3)
+    assert resolve(methods=["toy"], steps=3, settings=["part.steps=5"]).methods[0].config["part"]["steps"] == 5
+    assert resolve(methods=["kd"], settings=["steps=3"]) == resolve(methods=["kd"], steps=3)
 
 
 def test_roles_of_flags(toy_methods: None) -> None:
@@ -229,6 +242,8 @@ def test_sparsity_becomes_the_last_method_of_the_chain(toy_methods: None) -> Non
         ({"settings": ["part.step=1"]}, "--set part.step=1: unknown key 'part.step': did you mean part.steps?"),
         ({"settings": ["samples=9"]}, "unknown key 'samples': did you mean evaluation.samples?"),
         ({"settings": ["evaluation.samples=9"]}, "evaluation.samples is 9: must be greater than or equal to 10"),
+        ({"methods": ["fitnet"], "steps": 3}, "--steps suits methods of one training phase; fitnet has "),
+        ({"steps": -3}, "steps is -3: must be greater than or equal to 1"),
         ({"settings": ["budget=2"]}, "'budget' is ambiguous: write recipe.budget or toy.budget"),
         ({"settings": ["names={a: 1}"]}, "toy.names is {'a': 1}: must be a valid list or a valid integer"),
         ({"settings": ["mode=quick"]}, "toy.mode is 'quick': must be 'fast' or 'slow'"),
