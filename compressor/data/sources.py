@@ -8,15 +8,17 @@ scenes:SIZE?masks=true segfolder:DIR[?classes=..]
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
 from compressor.data.dataset import Dataset
-from compressor.errors import RequestError, nearest
+from compressor.errors import CompressorError, RequestError, nearest
 from compressor.spec_options import split_options
 
-__all__ = ["SOURCES", "load_data"]
+__all__ = ["SOURCES", "call_factory", "import_object", "load_data"]
 
 SPLITS = ("train", "val", "test")
 
@@ -83,8 +85,7 @@ def _hf(argument: str, split: str) -> Dataset:
 
 
 def _python(argument: str, split: str) -> Dataset:
-    factory = import_object(argument, "a data set")
-    dataset: Dataset = factory(split)
+    dataset: Dataset = call_factory(argument, "a data set", split)
     return dataset
 
 
@@ -102,12 +103,40 @@ SOURCES: dict[str, Any] = {
 
 
 def import_object(path: str, what: str) -> Any:
-    """Import ``module:attribute``."""
+    """Import ``module:attribute``; modules of the working directory are found, too, behind all installed ones.
+
+    Raises:
+        RequestError: There is no such module or attribute, or the module fails while it is imported.
+    """
     module, _, attribute = path.partition(":")
+    here = os.getcwd()
+    if here not in sys.path:  # `python -m` looks there, an installed command does not
+        sys.path.append(here)
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise RequestError(f"python:{path} names {what} as module:factory, but cannot be imported: {error}") from error
+    except Exception as error:  # the user's own code
+        raise RequestError(f"python:{path} cannot be imported: {_told(error)}") from error
+
+
+def call_factory(path: str, what: str, *arguments: Any) -> Any:
+    """What a user's ``module:factory`` returns.
+
+    Raises:
+        RequestError: It cannot be imported, or fails.
+    """
+    factory = import_object(path, what)
+    try:
+        return factory(*arguments)
+    except CompressorError:
+        raise
+    except Exception as error:
+        raise RequestError(f"python:{path} failed: {_told(error)} (--debug adds the traceback)") from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def load_data(spec: str, split: str) -> Dataset:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from compressor.data.sources import import_object
+from compressor.data.sources import call_factory, import_object
 from compressor.errors import ModelError, RequestError, nearest
 from compressor.models.classifier_loading import LIBRARIES, build_classifier, load_classifier
 from compressor.models.model import Model, ModelInfo, load_model
@@ -67,7 +67,7 @@ def load_model_spec(
     if kind == "run":
         return load_model(_student_folder(argument))
     if kind == "python":
-        made = import_object(argument, "a model")()
+        made = call_factory(argument, "a model")
         if not isinstance(made, Model):
             raise ModelError(f"{spec} returned a {type(made).__name__}; it must return compressor.models.model.Model")
         return made
