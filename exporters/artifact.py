@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from compressor.exporters.onnx_graph import OnnxGraph
 from compressor.runtimes.manifest import Engine
+from compressor.runtimes.runtime import Array
 
 __all__ = ["Built", "Source"]
 
@@ -23,6 +24,8 @@ class Source:
         typed: Strongly typed in the target's precision, or with pairs of quantisation; the same as ``plain`` for fp32.
         kept: Nodes of ``plain`` that stay in float32, with the reason.
         model: OpenVINO's own model, where NNCF has quantised it.
+        records: Inputs to try the engine on, the first at the batch that the target is tuned for; empty where the
+            engine does not run here.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Source:
     typed: OnnxGraph
     kept: Mapping[str, str] = field(default_factory=dict)
     model: Any = None
+    records: Sequence[Mapping[str, Array]] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import re
@@ -9,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from compressor.errors import ArtifactError, RequestError, TargetError
 from compressor.evaluate import TorchRun
 from compressor.exporters.artifact import Built, Source
 from compressor.exporters.calibration import CalibrationData, check_records
+from compressor.exporters.free_sizes import check_other_sizes, other_sizes, resized
 from compressor.exporters.graph_store import GraphStore
 from compressor.exporters.half_arithmetic import JUDGE
 from compressor.exporters.layers import model_path
@@ -28,6 +30,7 @@ from compressor.exporters.onnx_graph import OnnxGraph, evaluation_form, module_o
 from compressor.exporters.openvino import OPENVINO_ISLANDS
 from compressor.exporters.parity import TOLERANCES, compare, worst
 from compressor.exporters.quantized_export import quantize_graph
+from compressor.exporters.tensorrt import check_axes
 from compressor.exporters.torchscript_route import TORCHSCRIPT
 from compressor.exporters.typed_graph import HALVES
 from compressor.layer_patterns import check_patterns
@@ -45,11 +48,13 @@ from compressor.runtimes.manifest import (
     check_relative_path,
     hash_file,
 )
-from compressor.runtimes.runtime import Array, Run, TensorSpec
+from compressor.runtimes.runtime import Array, Run, Runtime, TensorSpec
 
 __all__ = ["export"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_FEW = 2
+"""Samples with which engines are tried at other sizes."""
 _LIBRARIES = ("compressor", "torch", "onnx", "onnxscript", "openvino", "diffusers", "timm")
 
 
@@ -82,7 +87,8 @@ def export(
     Raises:
         TargetError: The target cannot be built here; the message says why and what to install.
         RequestError: The deployable is not well formed, or the target excludes a layer that the model lacks.
-        ArtifactError: A graph cannot be exported, or drifts past its tolerance.
+        ArtifactError: A graph cannot be exported, drifts past its tolerance, or does not hold at other sizes of its
+            free axes.
     """
     found = _buildable(target)
     settings = _json(deployable.driver.settings, f"the settings of driver {deployable.driver.name!r}")
@@ -172,6 +178,8 @@ def _export_graph(
     records: list[Mapping[str, Array]] | None,
     whole: _Whole,
 ) -> _Exported:
+    if found.engine.startswith("tensorrt"):
+        check_axes(name, graph, target)
     with evaluation_form(graph) as plain:
         inputs = _records(name, plain, target, records)
         references = [module_outputs(plain, record, name) for record in inputs]
@@ -200,11 +208,20 @@ def _export_graph(
             if whole.several:
                 whole.use(name, quantizer.open(made.back, Path(folder))[0])
             parities = [] if found.can_run else [made.parity]
+        others = _other_inputs(graph, target, inputs[0]) if found.can_run else []
+        if found.can_run:
+            tuned = resized(inputs[0], graph.dynamic, {"batch": target.batch.opt})
+            source = replace(source, records=[tuned, *(given for _, given in others)])
         built = _builder(found.engine)(source, target, directory)
     not_run = ""
     if found.can_run:
         try:
-            parities.append(_engine_parity(built, target, directory, inputs, references))
+            told = _with_properties(target, built.properties)
+            engine, judge, tolerance = _open(built, told, directory)
+            with contextlib.closing(engine):
+                parities.append(_engine_parity(engine, judge, tolerance, inputs, references))
+                if parities[-1].relative <= tolerance:
+                    check_other_sizes(name, engine, judge, exported.path, others, tolerance)
         except TargetError as error:
             if target.device == "cpu":
                 raise
@@ -229,23 +246,34 @@ def _export_graph(
     return _Exported(entry, built.engine, said, not_run, built.properties)
 
 
+def _open(built: Built, target: Target, directory: Path) -> tuple[Runtime, str, float]:
+    """The built engine, ready to run, what it is called as a judge, and its tolerance."""
+    engine = open_graph(built.path(directory), built.engine.name, runtime_options(target.model_dump()))
+    computes = getattr(engine, "inference_precision", "")  # what OpenVINO found the device able to do
+    judge = f"{built.engine.name} on {target.device}" + (f" in {computes}" if computes else "")
+    precision = "bf16" if target.precision == "fp16" and computes == "bfloat16" else target.precision
+    return engine, judge, TOLERANCES[precision]
+
+
 def _engine_parity(
-    built: Built,
-    target: Target,
-    directory: Path,
+    engine: Run,
+    judge: str,
+    tolerance: float,
     inputs: list[Mapping[str, Array]],
     references: list[dict[str, Array]],
 ) -> Parity:
-    options = runtime_options(target.model_dump())
-    runtime = open_graph(built.path(directory), built.engine.name, options)
-    computes = getattr(runtime, "inference_precision", "")  # what OpenVINO found the device able to do
-    judge = f"{built.engine.name} on {target.device}" + (f" in {computes}" if computes else "")
-    try:
-        tolerance = TOLERANCES[target.precision]
-        pairs = zip(references, inputs, strict=True)
-        return worst([compare(reference, runtime(record), tolerance, judge) for reference, record in pairs])
-    finally:
-        runtime.close()
+    pairs = zip(references, inputs, strict=True)
+    return worst([compare(reference, engine(record), tolerance, judge) for reference, record in pairs])
+
+
+def _other_inputs(
+    graph: Graph, target: Target, record: Mapping[str, Array]
+) -> list[tuple[dict[str, int], dict[str, Array]]]:
+    """Sizes of free axes that the target allows and no record has, with inputs of them; of few samples, to be quick."""
+    batch = target.batch
+    limits = {"batch": (batch.min, batch.max), **{axis: (low, high) for axis, (low, _, high) in target.axes.items()}}
+    small = resized(record, graph.dynamic, {"batch": min(max(_FEW, batch.min), batch.max)})
+    return [(sizes, resized(small, graph.dynamic, sizes)) for sizes in other_sizes(small, graph.dynamic, limits)]
 
 
 def _entry(
@@ -293,6 +321,10 @@ def _notes(target: Target, built: Built) -> tuple[str, ...]:
 def _told(target: Target, done: Iterable[_Exported]) -> Target:
     """The target with the properties that the export has chosen."""
     chosen = {key: value for item in done for key, value in item.properties.items()}
+    return _with_properties(target, chosen)
+
+
+def _with_properties(target: Target, chosen: Mapping[str, str]) -> Target:
     return with_overrides(target, {"options.properties": {**target.options.properties, **chosen}}) if chosen else target
 
 

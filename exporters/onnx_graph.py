@@ -17,6 +17,7 @@ import numpy as np
 
 from compressor.deployable import Graph
 from compressor.errors import ArtifactError, CompressorError, RequestError
+from compressor.exporters.free_sizes import other_sizes, resized, said
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.layers import LAYER_KEY
 from compressor.exporters.model_file import read_model, with_weights_beside, write_model
@@ -330,19 +331,9 @@ def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
     """
     run = Interpreter(exported.path)
     example = {key: value.numpy() for key, value in graph.inputs.items()}
-    labels = sorted({label for axes in graph.dynamic.values() for label in axes.values()})
-    sizes: list[dict[str, int]] = [{}]
-    for label in labels:
-        given = next(
-            graph.inputs[key].shape[axis]
-            for key, axes in graph.dynamic.items()
-            for axis, other in axes.items()
-            if other == label
-        )
-        sizes += [{label: 1}, {label: given + 1}] if label == "batch" else [{label: 2 * given}]
-    for size in sizes:
-        where = " at " + ", ".join(f"{label} = {number}" for label, number in size.items()) if size else ""
-        inputs = _resized(example, graph.dynamic, size)
+    for size in ({}, *other_sizes(example, graph.dynamic)):
+        where = f" at {said(size)}" if size else ""
+        inputs = resized(example, graph.dynamic, size)
         try:
             expected = module_outputs(graph, inputs)
         except Exception as error:  # user code
@@ -372,19 +363,6 @@ def _verify_values(run: Interpreter, graph: Graph, example: Mapping[str, Array],
                 f"graph {name!r} holds for its example alone: with other values output {parity.output!r} differs by "
                 f"{parity.relative:.1e} of its scale; a branch of the module depends on values: use torch.where"
             )
-
-
-def _resized(
-    inputs: Mapping[str, Array], dynamic: Mapping[str, Mapping[int, str]], sizes: Mapping[str, int]
-) -> dict[str, Array]:
-    """The inputs with the named axes at other sizes, filled by going round the given entries."""
-    result = {}
-    for key, array in inputs.items():
-        for axis, label in dynamic.get(key, {}).items():
-            if label in sizes:
-                array = np.take(array, np.arange(sizes[label]) % array.shape[axis], axis=axis)
-        result[key] = array
-    return result
 
 
 def _specs(values: Any) -> tuple[TensorSpec, ...]:

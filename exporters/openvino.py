@@ -13,19 +13,23 @@ from compressor.errors import ArtifactError, TargetError
 from compressor.exporters.artifact import Built, Source
 from compressor.exporters.onnx_graph import OnnxGraph
 from compressor.exporters.openvino_attention import with_whole_attention
-from compressor.exporters.sparse_weights import count_zeros
+from compressor.exporters.sparse_decompression import (
+    RATES,
+    SPARSE_RATE,
+    cpu_can,
+    rates_to_try,
+    try_sparse,
+    zero_shares,
+)
+from compressor.exporters.sparse_weights import WeightZeros, count_zeros
 from compressor.profiles.target import Target
+from compressor.runtimes.load import runtime_options
 from compressor.runtimes.manifest import Engine
 
 __all__ = ["OPENVINO_ISLANDS", "build", "convert"]
 
 OPENVINO_ISLANDS = frozenset({"angle", "asked", "overflow", "constant", "accuracy"})
 """Reasons for which an operation is marked; norms and exponentials OpenVINO keeps in float32 on its own."""
-
-
-_SPARSE = "CPU_SPARSE_WEIGHTS_DECOMPRESSION_RATE"
-"""OpenVINO's property: the share of zeros from which a fully connected layer's weights are read sparse."""
-_SPARSE_FROM = "0.4"
 
 
 def build(source: Source, target: Target, directory: Path) -> Built:
@@ -36,7 +40,7 @@ def build(source: Source, target: Target, directory: Path) -> Built:
     then keep their constants and their arithmetic in float32 on every device.
 
     Raises:
-        TargetError: OpenVINO is not installed.
+        TargetError: OpenVINO is not installed, or fails with the sparse weights that the target asks for.
         ArtifactError: OpenVINO cannot convert the graph.
     """
     path = directory / f"{source.name}.xml"
@@ -54,21 +58,55 @@ def build(source: Source, target: Target, directory: Path) -> Built:
     if half:
         notes = ("Weights are stored as halves; a device without half arithmetic computes in float32.",)
     engine = Engine(name="openvino", version=importlib.metadata.version("openvino"))
-    properties, told = _sparse_weights(source, target)
+    properties, told = _sparse_weights(source, target, path)
     return Built(path.name, engine, f"{source.name}.bin", (*notes, *told), properties)
 
 
-def _sparse_weights(source: Source, target: Target) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The property by which OpenVINO's CPU reads sparse weights, where it is asked for.
-
-    It is not tried unasked: OpenVINO 2026.4 crashes with it on small layers, and takes the process down.
-    """
-    zeros = count_zeros(source.plain.load())
-    if target.options.sparse_weights == "on":
-        return {_SPARSE: _SPARSE_FROM}, (f"{zeros.said}; OpenVINO is told to read them sparse.",)
-    if not zeros.half_zero:
+def _sparse_weights(source: Source, target: Target, path: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The property by which OpenVINO's CPU reads sparse weights, where it gains time or is asked for; notes."""
+    zeros, asked = count_zeros(source.plain.load()), target.options.sparse_weights
+    if SPARSE_RATE in target.options.properties or asked == "off":
         return {}, ()
-    return {}, (f'{zeros.said}; OpenVINO gains nothing by them unless options.sparse_weights = "on".',)
+    device, options = target.device.lower(), runtime_options(target.model_dump())
+    if asked == "on":
+        if device != "cpu":
+            raise TargetError(f'target {target.name}: options.sparse_weights = "on" is for the cpu, not for {device}')
+        survived = try_sparse(path, options, source.records, RATES[0], measured=False) if source.records else None
+        if survived is not None and survived.fault:
+            raise TargetError(
+                f'target {target.name}: graph {source.name!r} does not run with options.sparse_weights = "on": '
+                f'{survived.fault}; set it to "auto" or "off"'
+            )
+        limit = "" if cpu_can() else "; this CPU lacks the matrix instructions (AMX) for it"
+        return {SPARSE_RATE: str(RATES[0])}, (f"{zeros.said}; OpenVINO is told to read them sparse{limit}.",)
+    rates = rates_to_try(zero_shares(source.model)) if source.model is not None else []
+    hindrance = _hindrance(zeros, rates, device, bool(source.records))
+    if hindrance:
+        return {}, (f"{zeros.said}; {hindrance}.",) if zeros.half_zero else ()
+    trials = [try_sparse(path, options, source.records, rate) for rate in rates]
+    best = max((trial for trial in trials if trial.used), key=lambda trial: trial.gain or (0,), default=None)
+    told = "; ".join(trial.said(trial is best) for trial in trials)
+    properties = {SPARSE_RATE: str(best.rate)} if best is not None else {}
+    return properties, (f"{zeros.said}; sparse decompression tried: {told}.",)
+
+
+def _hindrance(zeros: WeightZeros, rates: list[float], device: str, can_run: bool) -> str:
+    """Why OpenVINO cannot gain by zeros; empty where that must be tried."""
+    if not rates:
+        return (
+            "OpenVINO gains nothing by them: it reads sparse weights of fully connected layers in eight bits alone, "
+            "of sizes that are multiples of 64"
+        )
+    if device != "cpu":
+        return "OpenVINO reads sparse weights on CPUs alone"
+    if not can_run:
+        return "OpenVINO does not run here, so sparse weights were not tried"
+    if not cpu_can():
+        return (
+            "OpenVINO gains nothing by them on this CPU, which lacks the matrix instructions (AMX) for it; "
+            'export on one that has them, or set options.sparse_weights = "on"'
+        )
+    return ""
 
 
 def convert(graph: OnnxGraph) -> Any:

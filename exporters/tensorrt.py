@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from compressor.deployable import Graph
 from compressor.errors import ArtifactError, TargetError
 from compressor.exporters.artifact import Built, Source
 from compressor.exporters.sparse_weights import WeightZeros, count_zeros
@@ -20,7 +21,24 @@ from compressor.runtimes.manifest import Engine
 from compressor.runtimes.runtime import TensorSpec
 from compressor.runtimes.tensorrt import engine_messages, import_tensorrt, tensorrt_logger
 
-__all__ = ["build"]
+__all__ = ["build", "check_axes"]
+
+
+def check_axes(name: str, graph: Graph, target: Target) -> None:
+    """Check that the target knows the sizes of all free axes, before anything is made for it.
+
+    Raises:
+        TargetError: It does not; the message says which keys to set.
+    """
+    known = {"batch", *target.axes}
+    missing = sorted({label for axes in graph.dynamic.values() for label in axes.values()} - known)
+    if missing:
+        axes = " and ".join(missing) if len(missing) < 3 else f"{', '.join(missing[:-1])} and {missing[-1]}"
+        keys = ", ".join(f"axes.{axis} = [min, opt, max]" for axis in missing)
+        raise TargetError(
+            f"graph {name!r} has the free {'axis' if len(missing) == 1 else 'axes'} {axes}, whose sizes TensorRT must "
+            f"know: set {keys} in the target's file"
+        )
 
 
 def build(source: Source, target: Target, directory: Path) -> Built:
