@@ -9,16 +9,19 @@ What the weights alone do not say stands in ``Model.info.extra``:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from compressor.errors import ModelError
 from compressor.models.feature_layers import FeatureLayer, as_map, layers_named, stages
 from compressor.models.model import Model
 from compressor.models.taps import tap
 
-__all__ = ["ImageNetwork"]
+__all__ = ["ImageNetwork", "ImageNetworkGraph", "as_taken", "logits_in"]
 
 
 class ImageNetwork:
@@ -58,6 +61,11 @@ class ImageNetwork:
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Logits of pixels (B, C, H, W) in [0, 1]; classes along axis 1."""
+        return self.logits(self.module, self.normalise(pixels), self.size)
+
+    @staticmethod
+    def logits(module: nn.Module, image: Tensor, size: tuple[int, int] | None) -> Tensor:
+        """Logits of a normalised image (B, C, H, W); ``size`` as the attribute."""
         raise NotImplementedError
 
     def features(self, pixels: Tensor, layers: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
@@ -78,3 +86,48 @@ class ImageNetwork:
     def _trial(self, image_shape: Sequence[int]) -> Callable[[], Tensor]:
         device = next(self.module.parameters()).device
         return lambda: self(torch.zeros(1, *image_shape, device=device))
+
+
+class ImageNetworkGraph(nn.Module):
+    """The export form of a network: a normalised ``image`` (B, C, H, W) in, ``logits`` out."""
+
+    def __init__(self, network: ImageNetwork) -> None:
+        super().__init__()
+        self.module, self.size, self._logits = network.module, network.size, network.logits
+        self.training = self.module.training  # a wrapper in another mode would put the module into it later
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self._logits(self.module, image, self.size)
+
+
+def as_taken(image: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """An image (B, C, H, W) resized bilinearly to the only size (H, W) that a module takes, if there is one."""
+    if size is None or tuple(image.shape[-2:]) == tuple(size):
+        return image
+    return F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+
+
+def logits_in(output: Any, who: str, *axes: str) -> Tensor:
+    """The logits in what a module returned: a tensor, ``out``, ``logits``, or a tuple that begins with them.
+
+    Args:
+        output: Of the module.
+        who: What it should be, for the message: "a classifier".
+        axes: Names of the logits' axes.
+
+    Raises:
+        ModelError: There are none with so many axes.
+    """
+    found = output
+    if isinstance(output, Mapping):
+        found = output.get("out", output.get("logits"))
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    if not isinstance(found, Tensor) or found.dim() != len(axes):
+        shape = f" of shape {tuple(found.shape)}" if isinstance(found, Tensor) else ""
+        raise ModelError(
+            f"{who} must return logits ({', '.join(axes)}), but this one returns {type(output).__name__}{shape}"
+        )
+    return found

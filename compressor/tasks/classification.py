@@ -15,7 +15,8 @@ from compressor.data.stream import Batch
 from compressor.deployable import Deployable, DriverSpec, Graph
 from compressor.errors import RequestError
 from compressor.evaluate import Metric
-from compressor.models.classifier import Classifier, ClassifierGraph
+from compressor.models.classifier import Classifier
+from compressor.models.image_network import ImageNetworkGraph
 from compressor.models.model import Model
 from compressor.runtimes.runtime import Array
 from compressor.tasks.image_networks import ImageNetworkOptions, ImageNetworkTask
@@ -83,7 +84,7 @@ class Classification(ImageNetworkTask):
         device = next(model.module.parameters()).device
         pixels = torch.from_numpy(self.request(2)["image"]).to(device)
         graph = Graph(
-            ClassifierGraph(classifier), {"image": classifier.normalise(pixels)}, ("logits",), {"image": {0: "batch"}}
+            ImageNetworkGraph(classifier), {"image": classifier.normalise(pixels)}, ("logits",), {"image": {0: "batch"}}
         )
         settings = {
             "mean": list(classifier.mean),

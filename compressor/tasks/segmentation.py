@@ -17,9 +17,9 @@ from compressor.errors import RequestError
 from compressor.evaluate import Metric
 from compressor.losses.dense import map_cross_entropy
 from compressor.metrics.segmentation import SegmentationMetric
-from compressor.models.image_network import ImageNetwork
+from compressor.models.image_network import ImageNetwork, ImageNetworkGraph
 from compressor.models.model import Model
-from compressor.models.segmenter import Segmenter, SegmenterGraph
+from compressor.models.segmenter import Segmenter
 from compressor.runtimes.runtime import Array, Driver
 from compressor.tasks.image_networks import ImageNetworkOptions, ImageNetworkTask
 from compressor.tasks.task import Figure
@@ -102,7 +102,9 @@ class Segmentation(ImageNetworkTask):
         if free and min(height, width) < SMALLEST_FREE:
             pixels = pixels.repeat(1, 1, 2, 2)
         axes = {0: "batch", 2: "height", 3: "width"} if free else {0: "batch"}
-        graph = Graph(SegmenterGraph(segmenter), {"image": segmenter.normalise(pixels)}, ("logits",), {"image": axes})
+        graph = Graph(
+            ImageNetworkGraph(segmenter), {"image": segmenter.normalise(pixels)}, ("logits",), {"image": axes}
+        )
         settings = {
             "mean": list(segmenter.mean),
             "std": list(segmenter.std),
