@@ -43,6 +43,30 @@ def _shift(maximum):
 
 
 @triton.jit
+def _load_logits(
+    student_row,
+    teacher_row,
+    student_column,
+    teacher_column,
+    column,
+    columns,
+    exists,
+    used,
+    UNIT: tl.constexpr,
+    IN_ROWS: tl.constexpr,
+    READ_AGAIN: tl.constexpr = False,
+):
+    """The same columns of both sides, as `load_tile` gives them; minus infinity where there is nothing."""
+    student = load_tile(
+        student_row, column, student_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS, READ_AGAIN
+    )
+    teacher = load_tile(
+        teacher_row, column, teacher_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS, READ_AGAIN
+    )
+    return student, teacher
+
+
+@triton.jit
 def whole_rows_kernel(
     student_ptr,  # (outer, inner, columns) by strides
     teacher_ptr,  # the same shape
@@ -93,8 +117,9 @@ def whole_rows_kernel(
         used = used | (ce_scale != 0.0)
     student_row = row_starts(student_ptr, outer, place, student_outer, student_inner, UNIT, IN_ROWS)
     teacher_row = row_starts(teacher_ptr, outer, place, teacher_outer, teacher_inner, UNIT, IN_ROWS)
-    student = load_tile(student_row, column, student_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS)
-    teacher = load_tile(teacher_row, column, teacher_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS)
+    student, teacher = _load_logits(
+        student_row, teacher_row, student_column, teacher_column, column, columns, exists, used, UNIT, IN_ROWS
+    )
 
     to_base_2 = 1.0 / temperature * LOG2_E
     student_max = tl.max(student, axis=1)
@@ -238,26 +263,15 @@ def long_rows_kernel(
     chunks = tl.cdiv(columns, BLOCK)
     for chunk in range(chunks):
         column = chunk * BLOCK + tl.arange(0, BLOCK)
-        student = load_tile(
+        student, teacher = _load_logits(
             student_row,
-            column,
-            student_column,
-            columns,
-            exists,
-            used,
-            MINUS_INFINITY,
-            UNIT,
-            IN_ROWS,
-            READ_AGAIN=WRITE_GRADIENT or MODE == 2,
-        )
-        teacher = load_tile(
             teacher_row,
-            column,
+            student_column,
             teacher_column,
+            column,
             columns,
             exists,
             used,
-            MINUS_INFINITY,
             UNIT,
             IN_ROWS,
             READ_AGAIN=WRITE_GRADIENT or MODE == 2,
@@ -297,26 +311,15 @@ def long_rows_kernel(
         of_teacher = tl.zeros((ROWS,), tl.float32)
         for step in range(chunks):
             column = (chunks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
-            student = load_tile(
+            student, teacher = _load_logits(
                 student_row,
-                column,
-                student_column,
-                columns,
-                exists,
-                used,
-                MINUS_INFINITY,
-                UNIT,
-                IN_ROWS,
-                READ_AGAIN=WRITE_GRADIENT,
-            )
-            teacher = load_tile(
                 teacher_row,
-                column,
+                student_column,
                 teacher_column,
+                column,
                 columns,
                 exists,
                 used,
-                MINUS_INFINITY,
                 UNIT,
                 IN_ROWS,
                 READ_AGAIN=WRITE_GRADIENT,
@@ -341,11 +344,8 @@ def long_rows_kernel(
         for step in range(chunks):
             column = (step if MODE == 2 else chunks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
             in_row = (column < columns)[None, :]
-            student = load_tile(
-                student_row, column, student_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS
-            )
-            teacher = load_tile(
-                teacher_row, column, teacher_column, columns, exists, used, MINUS_INFINITY, UNIT, IN_ROWS
+            student, teacher = _load_logits(
+                student_row, teacher_row, student_column, teacher_column, column, columns, exists, used, UNIT, IN_ROWS
             )
             log_student = _log_probabilities(student, s_shift, s_log_sum, to_base_2)
             log_teacher = _log_probabilities(teacher, t_shift, t_log_sum, to_base_2)
