@@ -41,6 +41,11 @@ def _name(made: Made, deployable: str, target: str) -> str:
     return "/".join(part for part in parts if part)
 
 
+def _model_of(artifact: str) -> str:
+    """The model's part of an artifact's name; empty for the run's own student."""
+    return artifact.rpartition("/")[0]
+
+
 def export_all(work: Work, made: Made, only: Sequence[str] = ()) -> list[Path]:
     """Export every deployable to every target, and what it is compared with to those that run here."""
     from compressor.profiles.target import availability
@@ -62,7 +67,7 @@ def _export(work: Work, deployable: Deployable, target: Target, name: str) -> Pa
     from compressor.exporters.export import export
     from compressor.exporters.record import record_inputs
 
-    work.deployables[name] = deployable
+    work.deployables[_model_of(name)] = deployable
     directory = work.folder.artifact(name)
     weights = {key: weights_hash(graph.module) for key, graph in deployable.graphs.items()}
     mark = fingerprint(__version__, weights, dict(deployable.driver.settings), target.model_dump(mode="json"))
@@ -149,7 +154,7 @@ def _open_engine(work: Work, name: str) -> Any:
     target = _torch_target(work, name)
     if target is not None:
         try:
-            return TorchEngine(work.deployables[name], target)
+            return TorchEngine(work.deployables[_model_of(name)], target)
         except TargetError as error:
             return str(error)
     return load_engine(work.folder.artifact(name))

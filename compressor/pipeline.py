@@ -15,9 +15,10 @@ from compressor.errors import RequestError, nearest
 from compressor.log import Log
 from compressor.recipe import Recipe
 from compressor.run_directory import RunDirectory
-from compressor.work import Made, Work, device_of, task_of
+from compressor.work import Made, Work, check_teacher, device_of, task_of
 
 if TYPE_CHECKING:
+    from compressor.tasks.task import Task
     from compressor.training.distributed import Distributed
 
 __all__ = ["export_run", "plan", "report_run", "run"]
@@ -29,10 +30,18 @@ def plan(recipe: Recipe) -> list[str]:
     Raises:
         RequestError: A model, data set or target cannot be had.
     """
+    from compressor.training.distributed import device_problem
+
+    device = device_of(recipe.device)
+    if device is not None and (problem := device_problem(device)):
+        raise RequestError(problem)
     task = task_of(recipe)
     for role in recipe.data:
         task.dataset(role)
-    for spec in _specs(recipe):
+    for specs in recipe.teachers.values():
+        for spec in specs:
+            _check_spec(spec, recipe, task)
+    for spec in recipe.students.values():
         _check_spec(spec, recipe)
     targets = recipe.load_targets()
     stages = [f"teacher {spec}" for specs in recipe.teachers.values() for spec in specs]
@@ -83,14 +92,17 @@ def export_run(
     Raises:
         RequestError: No such run, or a setting that would need training.
     """
-    from compressor.training.distributed import Distributed
+    from compressor.training.distributed import Distributed, device_problem
 
     log = log or Log()
     with RunDirectory.existing(directory) as folder:
         log.attach(folder.log)
         recipe = Recipe.parse(folder.recipe)
         changed = recipe.model_copy(update={"targets": list(targets) or recipe.targets})
-        work = Work(changed, folder, log, Distributed(device_of(recipe.device)))
+        device = device_of(recipe.device)
+        if device is not None and device_problem(device):  # trained elsewhere; nothing is trained here
+            device = None
+        work = Work(changed, folder, log, Distributed(device))
         if settings:
             made = _variant(work, settings)
         else:
@@ -117,12 +129,8 @@ def _open(recipe: Recipe, path: Path, overwrite: bool, leads: bool, distributed:
     return opened[0] if leads else RunDirectory.create(path, recipe.to_dict(), leads=False)
 
 
-def _specs(recipe: Recipe) -> list[str]:
-    return [*(spec for specs in recipe.teachers.values() for spec in specs), *recipe.students.values()]
-
-
-def _check_spec(spec: str, recipe: Recipe) -> None:
-    """Refuse a model that cannot be loaded, as far as its files tell."""
+def _check_spec(spec: str, recipe: Recipe, task: Task | None = None) -> None:
+    """Refuse a model that cannot be loaded, as far as its files tell, or (``task``) does not fit the data."""
     from compressor.models.demos.catalogue import demo
     from compressor.models.spec import load_model_spec, split_spec
 
@@ -130,7 +138,9 @@ def _check_spec(spec: str, recipe: Recipe) -> None:
     if kind == "demo":
         demo(argument)
     else:
-        load_model_spec(spec, trust_remote_code=recipe.trust_remote_code, task=recipe.task)
+        model = load_model_spec(spec, trust_remote_code=recipe.trust_remote_code, task=recipe.task)
+        if task is not None:
+            check_teacher(task, spec, model)
 
 
 # --- another student -------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from compressor.tasks.task import Task
     from compressor.training.distributed import Distributed
 
-__all__ = ["Made", "Work", "device_of", "task_of", "weights_hash"]
+__all__ = ["Made", "Work", "check_teacher", "device_of", "task_of", "weights_hash"]
 
 
 def device_of(name: str) -> str | None:
@@ -56,6 +56,19 @@ def task_of(recipe: Recipe) -> Task:
     return made
 
 
+def check_teacher(task: Task, spec: str, model: Model) -> None:
+    """Refuse a teacher that does not fit the task's data, by the name that the user gave it.
+
+    Raises:
+        RequestError: It does not.
+    """
+    try:
+        task.check(model)
+    except RequestError as error:
+        hint = " (a demo is for its own data alone: name a teacher for yours)" if spec.startswith("demo:") else ""
+        raise RequestError(f"teacher {spec}: {error}{hint}") from error
+
+
 @dataclass
 class Made:
     """A student, how it is packed, and under which label it stands ("" for the run's own).
@@ -72,7 +85,11 @@ class Made:
 
 
 class Work:
-    """What the stages of one run share; models and task are loaded when they are first asked for."""
+    """What the stages of one run share; models and task are loaded when they are first asked for.
+
+    Attributes:
+        deployables: What has been packed, by the model's name; "" is the run's own student.
+    """
 
     def __init__(self, recipe: Recipe, folder: RunDirectory, log: Log, distributed: Distributed | None) -> None:
         self.recipe, self.folder, self.log, self._distributed = recipe, folder, log, distributed
@@ -97,10 +114,33 @@ class Work:
     def teachers(self) -> dict[str, list[Model]]:
         if not self._teachers:
             for role, specs in self.recipe.teachers.items():
-                self._teachers[role] = [self.load(spec) for spec in specs]
-                for model in self._teachers[role]:
-                    self.task.check(model)
+                self._teachers[role] = [self._teacher(spec, f"teacher-{role}", k) for k, spec in enumerate(specs)]
         return self._teachers
+
+    def _teacher(self, spec: str, role: str, place: int) -> Model:
+        """A teacher; where its spec names no weights, the same random ones every time, so that a run can go on."""
+        import torch
+
+        from compressor.training.random import Randomness
+
+        randomness = Randomness(self.recipe.seed)
+        randomness.phase = role
+        randomness.seed_global(place, "weights", shared=True, device=torch.device("cpu"))
+        model = self.load(spec)
+        check_teacher(self.task, spec, model)
+        return model
+
+    def untrained_teachers(self) -> list[str]:
+        """A warning for each teacher that has random weights."""
+        from compressor.models.spec import has_new_weights
+
+        return [
+            f"the teacher {spec} has random weights, from which nothing is learnt: name its weights (timm:NAME@FILE, "
+            "pretrained=true)"
+            for specs in self.recipe.teachers.values()
+            for spec in specs
+            if has_new_weights(spec)
+        ]
 
     @property
     def references(self) -> dict[str, Model]:
@@ -147,7 +187,9 @@ class Work:
         deployables: dict[str, Deployable] = {}
         others: dict[str, Model] = {}
         history: dict[str, Any] = {}
-        notes: list[str] = []
+        notes = self.untrained_teachers()
+        for note in [] if replay else notes:
+            self.log.warn(note)
         mark = self._mark()
         for k, entry in enumerate(self.recipe.methods):
             last = k == len(self.recipe.methods) - 1

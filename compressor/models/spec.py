@@ -16,11 +16,11 @@ from torch import nn
 
 from compressor.data.sources import call_factory, import_object
 from compressor.errors import ModelError, RequestError, nearest
-from compressor.models.classifier_loading import LIBRARIES, build_classifier, load_classifier
+from compressor.models.classifier_loading import LIBRARIES, Argument, build_classifier, load_classifier
 from compressor.models.model import Model, ModelInfo, load_model
 from compressor.models.segmenter_loading import load_segmenter
 
-__all__ = ["KINDS", "build_module", "load_model_spec", "load_weights", "split_spec"]
+__all__ = ["KINDS", "build_module", "has_new_weights", "load_model_spec", "load_weights", "split_spec"]
 
 KINDS = ("demo", "diffusers", "python", "run", *LIBRARIES)
 
@@ -72,6 +72,20 @@ def load_model_spec(
             raise ModelError(f"{spec} returned a {type(made).__name__}; it must return compressor.models.model.Model")
         return made
     raise ModelError(f"{spec} cannot be loaded here")
+
+
+def has_new_weights(spec: str) -> bool:
+    """Whether a spec names a library's model without weights: such a one has random weights until it is trained."""
+    kind, text = split_spec(spec)
+    if kind not in LIBRARIES:
+        return False
+    argument = Argument.parse(text)
+    local = argument.name.startswith(("local-dir:", "hf-hub:")) or Path(argument.name).is_dir()
+    if kind == "transformers":
+        import transformers
+
+        return not argument.take("pretrained", local or argument.name not in transformers.CONFIG_MAPPING)
+    return argument.file is None and not local and not argument.take("pretrained", False)
 
 
 def _student_folder(argument: str) -> Path:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compressor.errors import CompressorError, RequestError
 
-__all__ = ["Distributed", "is_sharded"]
+__all__ = ["Distributed", "device_problem", "is_sharded"]
 
 T = TypeVar("T")
 _BUCKET = 16 * 1024 * 1024  # elements of a flat gradient bucket: large enough for bandwidth, small beside a model
@@ -24,11 +24,28 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "placements") and hasattr(tensor, "device_mesh")
 
 
+def device_problem(name: str) -> str:
+    """Why there is no computing on a device ("cuda", "cuda:1", "mps", ...) of this machine; empty where there is."""
+    device = torch.device(name)
+    if device.type == "cpu":
+        return ""
+    library = getattr(torch, device.type)
+    there = torch.backends.mps.is_available() if device.type == "mps" else library.is_available()
+    if not there:
+        return f"device {name}: PyTorch {torch.__version__} sees none here; --device auto takes the best that there is"
+    if device.index is not None and device.index >= library.device_count():
+        return f"device {name}: there are {library.device_count()}, counted from 0"
+    return ""
+
+
 class Distributed:
     """This process among those started by ``accelerate launch`` (or alone, when not launched).
 
     Args:
         device: "cpu", "cuda", ...; None takes the best there is. With several GPUs each process gets its own.
+
+    Raises:
+        RequestError: There is no such device here, or the processes were started on another one.
 
     Attributes:
         rank: Number of this process.
@@ -39,6 +56,8 @@ class Distributed:
     def __init__(self, device: torch.device | str | None = None) -> None:
         from accelerate import PartialState
 
+        if device is not None and (problem := device_problem(str(device))):
+            raise RequestError(problem)
         wanted = None if device is None else torch.device(device)
         asked_for_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # accelerate launch --cpu
         if wanted is None and (asked_for_cpu or not torch.accelerator.is_available()):
