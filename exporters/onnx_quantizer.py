@@ -19,6 +19,7 @@ from compressor.exporters.model_file import values_of, write_model
 from compressor.exporters.onnx_graph import OnnxGraph
 from compressor.exporters.quantization import QdqQuantizer, QdqScheme
 from compressor.exporters.quantized_export import Account
+from compressor.exporters.quantized_operators import QuantizedOperators
 from compressor.exporters.typed_graph import FLOAT16, MOVES, float_values, normalised, type_graph
 from compressor.profiles.target import Target
 from compressor.runtimes.runtime import Array, Run
@@ -68,6 +69,7 @@ class OnnxQuantizer:
         self._layers = {node.name: layer_of(node) for node in self.model.graph.node}
         self.judged_by = f"ONNX Runtime on {target.device}" if self._itself else "8-bit arithmetic simulated on the CPU"
         self._refused: dict[str, str] = {}
+        self._last: tuple[object, ModelProto] | None = None
         self._cpu = engine == "onnxruntime" and target.device == "cpu" and can_run
         if self._cpu:
             chosen = self._quantizer.choose({})
@@ -121,7 +123,16 @@ class OnnxQuantizer:
         return Account.of(counts, left, kernels)
 
     def _make(self, back: Mapping[str, str]) -> ModelProto:
-        model = self._quantizer.quantize(self._quantizer.choose(self._refused | dict(back)))
+        """The graph with some products in float; what is tried last is often what is written, so that one is kept."""
+        chosen = self._quantizer.choose(self._refused | dict(back))
+        operators = (chosen.products, chosen.between, chosen.rounded)
+        if self._last is None or self._last[0] != operators:
+            self._last = None  # before the next one: both may be large
+            self._last = operators, self._quantized(chosen)
+        return self._last[1]
+
+    def _quantized(self, chosen: QuantizedOperators) -> ModelProto:
+        model = self._quantizer.quantize(chosen)
         if self._target.precision == "fp8":
             weights = {t.name: t for t in self.model.graph.initializer}
             model = to_float8(model, weights)
