@@ -14,6 +14,7 @@ import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto
 from onnx.helper import make_node, make_tensor_value_info
 
+from compressor.exporters.graph_edges import makers_of, readers_of
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.parity import compare
 from compressor.exporters.typed_graph import FLOAT16, MOVES, Half, float_inputs, float_values
@@ -105,8 +106,8 @@ class HalfSwitches:
     def __init__(self, model: ModelProto, records: Sequence[Mapping[str, Array]], kind: Half = FLOAT16) -> None:
         self._model, self._kind = model, kind
         self._floats = float_values(model.graph)
-        self._makers = {name: node for node in model.graph.node for name in node.output}
-        self._users = _users(model)
+        self._makers = makers_of(model.graph)
+        self._users = readers_of(model.graph)
         self._values = self._real_values()
         self._run = Interpreter(self._switched())
         self._off = {f"{name}__switch": np.array(False) for name in self._values}
@@ -190,14 +191,6 @@ def _switch(name: str, source: str, result: str, kind: Half) -> list[NodeProto]:
         make_node("Cast", [f"{name}__half"], [f"{name}__rounded"], to=TensorProto.FLOAT),
         make_node("Where", [f"{name}__switch", f"{name}__rounded", source], [result]),
     ]
-
-
-def _users(model: ModelProto) -> dict[str, list[NodeProto]]:
-    users: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    return users
 
 
 def _cut(names: Sequence[str], parts: int) -> list[list[str]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from onnx import GraphProto, NodeProto
 
+from compressor.exporters.graph_edges import makers_of, readers_of
 from compressor.exporters.typed_graph import MOVES
 
 __all__ = ["with_whole_attention"]
@@ -20,11 +21,7 @@ _BETWEEN = MOVES | {"Add", "Sub", "Mul", "Div", "Where", "Cast", "Clip"}
 
 def with_whole_attention(graph: GraphProto, kept: Collection[str]) -> list[str]:
     """Names of the nodes that must be marked so that those of ``kept`` stay in float32."""
-    makers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
+    makers, readers = makers_of(graph), readers_of(graph)
     marked = dict.fromkeys(kept)
     for softmax in (node for node in graph.node if node.op_type == "Softmax"):
         before = list(_path(softmax, lambda node: [makers[name] for name in node.input if name in makers]))

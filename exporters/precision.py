@@ -11,9 +11,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto
+from onnx import ModelProto, TensorProto
 
 from compressor.errors import RequestError
+from compressor.exporters.graph_edges import makers_of, readers_of
 from compressor.exporters.half_arithmetic import JUDGE, rounding_graph
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.island_search import find_inaccurate, measure_peaks
@@ -149,7 +150,7 @@ def _seeds(model: ModelProto, keep_fp32: Collection[str], kind: Half) -> dict[st
 
 def _angles(model: ModelProto) -> set[str]:
     """Sines, cosines and what computes their argument: an angle of hundreds of turns has no digits left in a half."""
-    makers = {name: node for node in model.graph.node for name in node.output}
+    makers = makers_of(model.graph)
     waiting = [node for node in model.graph.node if node.op_type in ("Sin", "Cos")]
     found = {node.name for node in waiting}
     while waiting:
@@ -177,11 +178,8 @@ def _spread(model: ModelProto, reasons: dict[str, str]) -> None:
     """
     floats = float_values(model.graph)
     constants = {tensor.name for tensor in model.graph.initializer}
-    makers = {name: node for node in model.graph.node for name in node.output}
-    users: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
+    makers = makers_of(model.graph)
+    users = readers_of(model.graph)
     for node in reversed(model.graph.node):
         consumers = [user for name in node.output for user in users.get(name, [])]
         moves = node.op_type in MOVES and any(name in floats for name in node.output)

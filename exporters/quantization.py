@@ -17,6 +17,7 @@ from typing import Any
 from onnx import ModelProto, NodeProto
 
 from compressor.errors import ArtifactError
+from compressor.exporters.graph_edges import makers_of
 from compressor.exporters.model_file import filled, write_model
 from compressor.exporters.quantized_operators import QuantizedOperators, choose_operators
 from compressor.exporters.typed_graph import normalised
@@ -176,7 +177,7 @@ def _release_float_readers(model: ModelProto, chosen: QuantizedOperators, quanti
     It puts a pair between a value and all its readers, although a residual or a norm could read the value itself, and
     behind results that need none.
     """
-    makers = {name: node for node in model.graph.node for name in node.output}
+    makers = makers_of(model.graph)
     names = set(chosen.all)
     for node in model.graph.node:
         if node.name in names or node.op_type in ("QuantizeLinear", "DequantizeLinear"):

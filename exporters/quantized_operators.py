@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from onnx import ModelProto, NodeProto
 
+from compressor.exporters.graph_edges import makers_of, readers_of
 from compressor.exporters.typed_graph import float_values
 
 __all__ = ["PRODUCTS", "QuantizedOperators", "choose_operators", "products"]
@@ -95,7 +96,7 @@ def choose_operators(model: ModelProto, engine: str, back: Mapping[str, str]) ->
 
 def _rounded(model: ModelProto, chosen: Collection[str]) -> frozenset[str]:
     """Convolutions, and each Gemm whose only reader would take its integer kernel away."""
-    users = _users(model)
+    users = readers_of(model.graph)
     found = set()
     for node in model.graph.node:
         if node.name in chosen:
@@ -111,8 +112,8 @@ def _between(model: ModelProto, chosen: Collection[str], rounded: Collection[str
 
     A Relu behind a rounded Gemm is among them always: the rounding does its work.
     """
-    makers = {name: node for node in model.graph.node for name in node.output}
-    floats, users = float_values(model.graph), _users(model)
+    makers = makers_of(model.graph)
+    floats, users = float_values(model.graph), readers_of(model.graph)
     fed: set[str] = set()
     kept: set[str] = set()
     for node in model.graph.node:
@@ -136,11 +137,3 @@ def _gives_bits(maker: NodeProto | None, rounded: Collection[str], fed: Collecti
 def _is_bound(node: NodeProto, name: str) -> bool:
     """The limits of a Clip are constants of the operator, not data."""
     return node.op_type == "Clip" and name in node.input[1:]
-
-
-def _users(model: ModelProto) -> dict[str, list[NodeProto]]:
-    users: dict[str, list[NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            users.setdefault(name, []).append(node)
-    return users
