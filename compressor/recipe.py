@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from compressor.atomic import write_text
 from compressor.errors import RequestError, nearest
 from compressor.plain_yaml import YAMLError, dump_yaml, load_yaml
-from compressor.validation import one_line, validated
+from compressor.validation import validated
 
 if TYPE_CHECKING:
     from compressor.method import Method
@@ -205,10 +205,7 @@ class Recipe(_Section):
             raise RequestError(f"the recipe {path} is not valid YAML: {problem}{where}") from error
         if values is not None and not isinstance(values, Mapping):
             raise RequestError(f"the recipe {path} must be a mapping of keys, not a {type(values).__name__}")
-        try:
-            return cls.model_validate(values or {})
-        except ValidationError as error:
-            raise RequestError(f"{path}: {one_line(error, cls)}") from error
+        return validated(cls, values or {}, where=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """All keys as JSON values; what is not set (None, no students) is left out."""

@@ -19,13 +19,14 @@ SHOWN_VALUE = 60
 """Characters of a wrong value that are shown."""
 
 
-def validated(model: type[Validated], values: Mapping[str, Any], *, prefix: str = "") -> Validated:
+def validated(model: type[Validated], values: Mapping[str, Any], *, prefix: str = "", where: str = "") -> Validated:
     """Read values that a user wrote.
 
     Args:
         model: What they should be.
         values: Its keys.
         prefix: Put before keys in messages, as in `one_line`.
+        where: What holds the values, which messages begin with: a file, a spec.
 
     Raises:
         RequestError: Something is wrong.
@@ -33,7 +34,8 @@ def validated(model: type[Validated], values: Mapping[str, Any], *, prefix: str 
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
-        raise RequestError(one_line(error, model, prefix=prefix)) from error
+        line = one_line(error, model, prefix=prefix)
+        raise RequestError(f"{where}: {line}" if where else line) from error
 
 
 def one_line(error: ValidationError, model: type[BaseModel], *, prefix: str = "") -> str:

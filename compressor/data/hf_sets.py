@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 
 from compressor.data.dataset import DataInfo
-from compressor.data.pictures import PictureOptions, Pictures, held_out, is_gray, parse_options, usual_size
+from compressor.data.pictures import PictureOptions, Pictures, held_out, is_gray, parse_argument, usual_size
 from compressor.errors import RequestError, nearest
-from compressor.spec_options import split_options
 
 __all__ = ["hf_set"]
 
@@ -38,8 +37,7 @@ def hf_set(argument: str, split: str = "train") -> Pictures:
     Raises:
         RequestError: The package is missing, DIR holds no such set, or the columns are not told.
     """
-    name, values = (argument, {}) if Path(argument).is_dir() else split_options(argument)
-    options = parse_options(HfOptions, values, f"hf:{argument}")
+    name, options = parse_argument("hf", argument, HfOptions)
     parts = _parts(_load(Path(name).expanduser()))
     if split in parts and (split != "train" or {"val", "test"} <= parts.keys()):
         rows = parts[split]

@@ -30,9 +30,8 @@ from compressor.data.picture_files import (
     refuse_or_leave_out,
     remembered_look,
 )
-from compressor.data.pictures import PictureOptions, Pictures, held_out, parse_options, usual_size
+from compressor.data.pictures import PictureOptions, Pictures, held_out, parse_folder, usual_size
 from compressor.errors import RequestError
-from compressor.spec_options import split_options
 
 __all__ = ["imagefolder"]
 
@@ -64,11 +63,7 @@ def imagefolder(argument: str, split: str = "train") -> Pictures:
     Raises:
         RequestError: There is no such folder, it holds no classes, or a picture in it is damaged.
     """
-    name, values = (argument, {}) if Path(argument).is_dir() else split_options(argument)
-    options = parse_options(ImagefolderOptions, values, f"imagefolder:{argument}")
-    root = Path(name).expanduser()
-    if not name or not root.is_dir():
-        raise RequestError(f"imagefolder:{name}: there is no such directory")
+    root, options = parse_folder("imagefolder", argument, ImagefolderOptions)
     classes, parts, missing = _parts(root)
     entries = [entry for part in parts.values() for entry in part]
     mark = file_fingerprint(root, {entry.path: str(entry.label) for entry in entries})

@@ -5,18 +5,20 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from compressor.data.dataset import DataInfo, Sample
 from compressor.errors import CompressorError, RequestError
 from compressor.runtimes.images import as_eight_bits
-from compressor.validation import one_line
+from compressor.spec_options import split_options
+from compressor.validation import validated
 
-__all__ = ["PictureOptions", "Pictures", "held_out", "is_gray", "parse_options", "usual_size"]
+__all__ = ["PictureOptions", "Pictures", "held_out", "is_gray", "parse_argument", "parse_folder", "usual_size"]
 
 LARGEST_OWN_SIZE = 256
 """Pictures of one size are taken as they are up to this edge; larger and mixed ones are resized."""
@@ -51,16 +53,32 @@ class PictureOptions(BaseModel):
     """Memory for decoded pictures."""
 
 
-def parse_options(kind: type[Kind], values: dict[str, Any], spec: str) -> Kind:
-    """Validate the options of a spec.
+def parse_argument(source: str, argument: str, kind: type[Kind]) -> tuple[str, Kind]:
+    """A spec's argument, ``NAME?key=value,...``, as its name and its options; a directory is a name as it is.
+
+    Args:
+        source: What stands before the argument: "imagefolder".
+        argument: Of the spec.
+        kind: The source's options.
 
     Raises:
         RequestError: An unknown key or a wrong value.
     """
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise RequestError(f"{spec}: {one_line(error, kind)}") from error
+    name, values = (argument, {}) if Path(argument).is_dir() else split_options(argument)
+    return name, validated(kind, values, where=f"{source}:{argument}")
+
+
+def parse_folder(source: str, argument: str, kind: type[Kind]) -> tuple[Path, Kind]:
+    """As `parse_argument`, where the name must be that of a directory.
+
+    Raises:
+        RequestError: There is none, or an option is wrong.
+    """
+    name, options = parse_argument(source, argument, kind)
+    root = Path(name).expanduser()
+    if not name or not root.is_dir():
+        raise RequestError(f"{source}:{name}: there is no such directory")
+    return root, options
 
 
 class Pictures:

@@ -39,9 +39,8 @@ from compressor.data.picture_files import (
     say_once,
     upright_size,
 )
-from compressor.data.pictures import PictureOptions, held_out, parse_options, pixels_of, usual_size
+from compressor.data.pictures import PictureOptions, held_out, parse_folder, pixels_of, usual_size
 from compressor.errors import CompressorError, RequestError
-from compressor.spec_options import split_options
 
 __all__ = ["SegmentedPictures", "segfolder"]
 
@@ -90,11 +89,7 @@ def segfolder(argument: str, split: str = "train") -> SegmentedPictures:
     Raises:
         RequestError: There is no such folder, it has no pairs, or a pair cannot be used.
     """
-    name, values = (argument, {}) if Path(argument).is_dir() else split_options(argument)
-    options = parse_options(SegfolderOptions, values, f"segfolder:{argument}")
-    root = Path(name).expanduser()
-    if not name or not root.is_dir():
-        raise RequestError(f"segfolder:{name}: there is no such directory")
+    root, options = parse_folder("segfolder", argument, SegfolderOptions)
     parts, unpaired = _parts(root, options)
     pairs = [pair for part in parts.values() for pair in part]
     if not pairs and not unpaired:

@@ -12,9 +12,8 @@ import numpy as np
 from PIL import Image
 
 from compressor.data.dataset import DataInfo
-from compressor.data.pictures import PictureOptions, Pictures, held_out, is_gray, parse_options, usual_size
+from compressor.data.pictures import PictureOptions, Pictures, held_out, is_gray, parse_argument, usual_size
 from compressor.errors import RequestError, nearest
-from compressor.spec_options import split_options
 
 __all__ = ["torchvision_set"]
 
@@ -32,8 +31,7 @@ def torchvision_set(argument: str, split: str = "train") -> Pictures:
     Raises:
         RequestError: There is no such set, or it does not lie in ROOT.
     """
-    text, values = split_options(argument)
-    options = parse_options(PictureOptions, values, f"torchvision:{argument}")
+    text, options = parse_argument("torchvision", argument, PictureOptions)
     name, colon, root = text.partition(":")
     if not colon or not root:
         raise RequestError(f"torchvision:{text}: write torchvision:NAME:ROOT, as in torchvision:CIFAR10:./data")
