@@ -286,11 +286,12 @@ def _json_latency(value: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_report(work: Work, made: Made | None = None) -> Path:
     """Write the report of everything that the run directory remembers; the path of ``report.html``."""
-    from compressor.reporting import make_report
+    from compressor.reporting import make_report, task_facts
 
-    notes = work.folder.facts("notes").get("notes", []) if made is None else made.notes
     if made is not None:
-        work.folder.mark("notes", "done", facts={"notes": made.notes})
-    report: Report = make_report(work.recipe, work.folder, work.task, notes)
+        work.folder.mark("notes", "done", facts={"notes": made.notes, "task": task_facts(work.task)})
+    kept = work.folder.facts("notes")
+    about = kept.get("task") or task_facts(work.task)
+    report: Report = make_report(work.recipe, work.folder, about, kept.get("notes", []))
     report.command = work.folder.command
     return report.save(work.folder.report)

@@ -95,7 +95,8 @@ def export_run(
     from compressor.training.distributed import Distributed, device_problem
 
     log = log or Log()
-    with RunDirectory.existing(directory) as folder:
+    targets = [str(Path(name).absolute()) if Path(name).is_file() else name for name in targets]
+    with RunDirectory.existing(directory.absolute()) as folder, folder.where_it_was_started():
         log.attach(folder.log)
         recipe = Recipe.parse(folder.recipe)
         changed = recipe.model_copy(update={"targets": list(targets) or recipe.targets})
@@ -110,7 +111,7 @@ def export_run(
         paths = export_all(work, made, only=targets)
         measure_variant(work, made)
         write_report(work)
-    return paths
+    return [directory / path.relative_to(folder.path) for path in paths]
 
 
 def report_run(directory: Path) -> Path:

@@ -31,11 +31,25 @@ from compressor.run_directory import RunDirectory
 from compressor.runtimes.manifest import Manifest, read_manifest
 from compressor.tasks.task import Task
 
-__all__ = ["make_report"]
+__all__ = ["make_report", "task_facts"]
 
 
-def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[str]) -> Report:
-    """Build the report of a run from its stored stages; nothing is measured here."""
+def task_facts(task: Task) -> dict[str, Any]:
+    """What a report says of a task, as JSON values: with them it is written without the task's data."""
+    figures = getattr(task, "all_figures", task.figures)
+    caption = getattr(task, "pictures_caption", "Same labels, same noise for all.")
+    return {"name": task.name, "figures": [vars(figure) for figure in figures], "caption": caption}
+
+
+def make_report(recipe: Recipe, folder: RunDirectory, task: Mapping[str, Any], notes: list[str]) -> Report:
+    """Build the report of a run from its stored stages; nothing is measured here.
+
+    Args:
+        recipe: The run's.
+        folder: Its directory.
+        task: `task_facts`.
+        notes: Lines for the report's notes.
+    """
     stages = folder.stages
     evaluated = {
         n.removeprefix("evaluate "): s.get("facts", {}) for n, s in stages.items() if n.startswith("evaluate ")
@@ -44,7 +58,8 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
     artifacts = [name.removeprefix("export ") for name in stages if name.startswith("export ")]
     engines = [_engine(folder, name, evaluated.get(name, {}), timings.get(name, {})) for name in artifacts]
     models = [_model(name, facts) for name, facts in evaluated.items() if "macs" in facts]
-    figures = [MetricInfo(**vars(figure)) for figure in _figures(task, models)]
+    computed = {name for model in models for name in (model.metrics or {})}  # a judge may be missing
+    figures = [MetricInfo(**figure) for figure in task["figures"] if figure["name"] in computed]
     links = link_names(recipe)
     ladder = [m.name for m in models if is_teacher(m.name) or m.name in (*links, "student")] if links else []
     method = " + ".join(entry.name for entry in recipe.methods)
@@ -52,7 +67,7 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
         title=f"{method} on {', '.join(recipe.data.values())}",
         recipe=recipe.to_dict(),
         machine=describe_machine(),
-        task=TaskInfo(name=task.name, metrics=figures),
+        task=TaskInfo(name=task["name"], metrics=figures),
         models=models,
         engines=engines,
         ladder=ladder,
@@ -60,20 +75,12 @@ def make_report(recipe: Recipe, folder: RunDirectory, task: Task, notes: list[st
         curve=_curve(models, engines, links),
         training=_training(folder.checkpoints / "history.json"),
         samples=[
-            *_samples(evaluated, getattr(task, "pictures_caption", "Same labels, same noise for all.")),
+            *_samples(evaluated, task["caption"]),
             *result_sheets(folder),
         ],
         skipped=[f"{e.model} on {e.target}: {e.reason}" for e in engines if e.reason],
         notes=[*result_lines(folder), *notes, *slower_than_float(engines)],
     )
-
-
-def _figures(task: Task, models: list[ModelEntry]) -> list[Any]:
-    """The task's figures, of which this run has computed some: a judge may be missing when a report is made again."""
-    known = {figure.name: figure for figure in task.figures}
-    all_figures = list(getattr(task, "all_figures", known.values()))
-    computed = {name for model in models for name in (model.metrics or {})}
-    return [figure for figure in all_figures if figure.name in computed]
 
 
 def _timings(folder: RunDirectory) -> dict[str, dict[str, Any]]:

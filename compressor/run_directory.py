@@ -112,7 +112,8 @@ class RunDirectory:
                 state = {"schema": SCHEMA, "created": _now(), "stages": {}}
             else:
                 _refuse_other_recipe(path, recipe, may_differ)
-            state |= {"command": [Path(sys.argv[0]).name, *sys.argv[1:]], "versions": _versions()}
+            command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+            state |= {"command": command, "started_in": os.getcwd(), "versions": _versions()}
             run = cls(path, lock, state, leads=True)
             run._write()
             write_text(path / "recipe.yaml", dump_yaml(recipe))
@@ -180,6 +181,13 @@ class RunDirectory:
     def command(self) -> str:
         """The command line that the run was last started with."""
         return shlex.join(self._state.get("command", []))
+
+    @contextlib.contextmanager
+    def where_it_was_started(self) -> Iterator[None]:
+        """The working directory that relative paths of the recipe count from, as long as it is there."""
+        place = Path(self._state.get("started_in", os.curdir))
+        with contextlib.chdir(place if place.is_dir() else os.curdir):
+            yield
 
     @property
     def report(self) -> Path:

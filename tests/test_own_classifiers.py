@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from compressor import pipeline
 from compressor.errors import RequestError
@@ -35,6 +40,21 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("runs") / "run"
     pipeline.run(recipe(), directory, log=Log(quiet=True))
     return directory
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run over pictures beside it, whose recipe names them by a relative path."""
+    home = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for number in range(40):
+        folder = home / "set" / "abcdef"[number % 6]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(folder / f"{number}.png")
+    with contextlib.chdir(home):
+        made = recipe(data="imagefolder:set", teachers=TEACHER.replace("10", "6"), targets=["ort-fp32"])
+        pipeline.run(made, Path("run"), log=Log(quiet=True))
+    return home
 
 
 def test_a_teacher_without_weights_is_warned_of(finished: Path) -> None:
@@ -70,3 +90,31 @@ def test_what_cannot_be_is_refused_before_work(changes: dict[str, Any], message:
     for refuse in (pipeline.plan, lambda made: pipeline.run(made, tmp_path / "run", log=Log(quiet=True))):
         with pytest.raises(RequestError, match=message):
             refuse(recipe(**changes))
+
+
+def test_a_report_is_written_again_without_the_data_and_elsewhere(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(pictures / "run", tmp_path / "copy")
+    before = json.loads((copy / "report/report.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COMPRESSOR_CACHE", str(tmp_path / "cache"))
+    (pictures / "set").rename(pictures / "gone")
+    try:
+        page = pipeline.report_run(Path("copy"))
+    finally:
+        (pictures / "gone").rename(pictures / "set")
+    after = json.loads((page.parent / "report.json").read_text())
+    assert [after[key] for key in ("task", "models", "engines")] == [
+        before[key] for key in ("task", "models", "engines")
+    ]
+
+
+def test_a_run_with_relative_paths_is_exported_from_elsewhere(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.toml").write_text('runtime = "onnxruntime"\nbatch = {max = 2, benchmark = [1]}\n')
+    run = Path(os.path.relpath(pictures / "run"))
+    assert pipeline.export_run(run, ["own.toml"], log=Log(quiet=True)) == [run / "artifacts/own"]
+    assert Path.cwd() == tmp_path
