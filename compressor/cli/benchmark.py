@@ -107,7 +107,7 @@ def measure_artifacts(
         sizes: Sizes of free axes other than the batch.
 
     Raises:
-        RequestError: Nothing to measure at a path, or a free axis without a size.
+        RequestError: Nothing to measure at a path, a free axis without a size, or batches too large for all.
         TargetError: None of them runs on this machine.
     """
     measured = Measurement()
@@ -130,6 +130,8 @@ def measure_artifacts(
         first = next(iter(found.values()))
         for name, latency in found.items():
             measured.rows.append(Row(batch, name, latency, None if latency is first else ratio(first, latency)))
+    if not measured.rows:
+        raise RequestError("nothing is measured: " + "; ".join(f"{name}: {why}" for name, why in measured.skipped))
     return measured
 
 

@@ -44,7 +44,8 @@ def infer(
         Path, typer.Argument(metavar="BUNDLE", help="A bundle (.zip), an artifact's folder, or a run with one.")
     ],
     pictures: Annotated[
-        list[Path] | None, typer.Argument(metavar="[IMAGE]...", help="Pictures, for a model that takes them.")
+        list[Path] | None,
+        typer.Argument(metavar="[IMAGE]...", help="Pictures, or folders of them, for a model that takes them."),
     ] = None,
     label: Annotated[
         list[str] | None,

@@ -59,7 +59,7 @@ def run_model(
 
     Args:
         path: A bundle, an artifact's folder or a run.
-        pictures: For a model that takes images.
+        pictures: For a model that takes images; a folder stands for the pictures in it and in its folders.
         labels: For one that takes labels: names or numbers.
         seed: Of the noise.
         top: Labels to keep of a classifier.
@@ -73,12 +73,15 @@ def run_model(
         ArtifactError: The bundle is damaged.
         TargetError: Its engine does not run here.
     """
+    pictures = [picture for given in pictures for picture in _pictures(given)]
     if path.is_dir():
         from compressor.cli.bundling import artifact_of
 
         path = artifact_of(path, target)
     elif target is not None:
         raise RequestError("--target names an artifact of a run: leave it out where a bundle is given")
+    elif not path.exists():
+        raise RequestError(f"there is no {path}: give a bundle, an artifact's folder or a run")
     with load(path, options) as model:
         kinds = {port.kind for port in model.inputs}
         _refuse_what_is_not_taken(model, kinds, pictures, labels)
@@ -93,6 +96,18 @@ def run_model(
             _answer(model, model(seed=seed, **{name: label}), label, out / f"{model.label_index(label)}-{seed}", top)
             for label in labels
         ]
+
+
+def _pictures(given: Path) -> list[Path]:
+    """The pictures in a folder; any other path as it is."""
+    if not given.is_dir():
+        return [given]
+    from compressor.data.picture_files import PICTURE_KINDS, pictures_below
+
+    found = list(pictures_below(given))
+    if not found:
+        raise RequestError(f"{given} holds no pictures ({PICTURE_KINDS})")
+    return found
 
 
 def _refuse_what_is_not_taken(

@@ -84,6 +84,12 @@ def test_bench_refuses_what_it_cannot_open(tmp_path: Path, capsys: pytest.Captur
     assert "is no artifact, no bundle, no run with artifacts and no .onnx, .xml file" in capsys.readouterr().err
 
 
+def test_bench_that_measures_nothing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_artifact(tmp_path / "one")
+    assert execute(["bench", str(tmp_path / "one"), "--batch", "9"]) == 2
+    assert "nothing is measured: one: batch 9 is larger than the engine's 8" in capsys.readouterr().err
+
+
 def test_bench_asks_for_the_size_of_a_free_axis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_graph(tmp_path / "free.onnx", 1, wide="width")
     assert execute(["bench", str(tmp_path / "free.onnx")]) == 2

@@ -113,6 +113,18 @@ def test_infer_prints_labels_of_a_picture(cli: Cli, run: Path, picture: Path, fo
     assert answers[0]["labels"][0]["probability"] > 0.5 and answers[0]["labels"][0]["index"] == 1
 
 
+def test_infer_takes_a_folder_of_pictures(cli: Cli, run: Path, picture: Path, tmp_path: Path) -> None:
+    for name in ("b/1.png", "a/2.JPG", "a/notes.txt", "a/.hidden.png"):
+        (tmp_path / "many" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(picture).save(tmp_path / "many" / name, "PNG")
+    code, out, _ = cli("infer", run / "artifacts" / "ort-fp32", "many", "half.png", "--json")
+    assert code == 0
+    assert [answer["asked"] for answer in json.loads(out)["answers"]] == ["many/a/2.JPG", "many/b/1.png", "half.png"]
+    (tmp_path / "none").mkdir()
+    code, _, err = cli("infer", run / "artifacts" / "ort-fp32", "none")
+    assert code == 2 and "none holds no pictures (bmp gif" in err
+
+
 def test_infer_writes_the_pictures_of_labels(cli: Cli, tmp_path: Path) -> None:
     artifact = generator(tmp_path / "draws")
     code, out, _ = cli("infer", artifact, "--label", 2, "--label", 3, "--seed", 5, "--out", tmp_path / "out")
@@ -171,7 +183,7 @@ def test_infer_of_a_damaged_bundle_fails_in_one_line(cli: Cli, run: Path, pictur
     assert "x.zip is no bundle" in err
     shutil.rmtree(run)
     code, _, err = cli("infer", run, picture)
-    assert code == 1 and "is no file" in err
+    assert code == 2 and f"there is no {run}" in err
 
 
 def test_bench_times_a_bundle_beside_its_artifact(cli: Cli, run: Path) -> None:
