@@ -20,8 +20,6 @@ from compressor.spec_options import split_options
 
 __all__ = ["SOURCES", "call_factory", "import_object", "load_data"]
 
-SPLITS = ("train", "val", "test")
-
 
 def _digits(argument: str, split: str) -> Dataset:
     from compressor.data.digits import digits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import diffusers
@@ -96,9 +97,7 @@ def test_network_equals_the_dense_one_when_all_blocks_are_kept(name, ordered):
     grid = {"dit": (4, 4), "wan": (3, 3, 3)}.get(name, (4, 6)) if ordered else None
     with torch.no_grad():
         expected = run(net)
-        changed = set_adaptive_attention(
-            net, AdaptiveAttention(block_size=4, samples=2, min_retain_ratio=1, max_retain_ratio=1, grid=grid)
-        )
+        changed = set_adaptive_attention(net, replace(SPARSE, min_retain_ratio=1, max_retain_ratio=1, grid=grid))
         got = run(net)
     assert len(changed) == 2, "one self-attention a block; cross-attention stays"
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -145,9 +144,7 @@ def test_probe_is_random_in_training_and_fixed_in_evaluation():
 @pytest.mark.parametrize("pool_size", [None, 3])
 def test_gradients_reach_every_projection(pool_size):
     net, run = wan()
-    set_adaptive_attention(
-        net, AdaptiveAttention(block_size=4, samples=2, min_retain_ratio=0.3, max_retain_ratio=0.3, pool_size=pool_size)
-    )
+    set_adaptive_attention(net, replace(SPARSE, pool_size=pool_size))
     run(net).square().sum().backward()
     for projection in (net.blocks[0].attn1.to_q, net.blocks[0].attn1.to_k, net.blocks[0].attn1.to_v):
         assert projection.weight.grad.abs().sum() > 0
@@ -157,8 +154,7 @@ def test_gradients_reach_every_projection(pool_size):
 def test_exported_graph_equals_the_network(pool_size, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     net, _ = dit()
-    settings = {"block_size": 4, "samples": 2, "min_retain_ratio": 0.3, "max_retain_ratio": 0.3}
-    set_adaptive_attention(net, AdaptiveAttention(**settings, pool_size=pool_size, grid=(4, 4)))
+    set_adaptive_attention(net, replace(SPARSE, pool_size=pool_size, grid=(4, 4)))
 
     class Export(nn.Module):
         def __init__(self) -> None:
