@@ -288,6 +288,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _slug(spec: str) -> str:
-    """The telling part of a spec as part of a file name: "imagefolder:/data/cats" is "cats"."""
-    last = re.split(r"[:/\\]", spec.rstrip("/\\"))[-1]
+    """The telling part of a spec, for a file name: "cats" of "imagefolder:/data/cats", "digits-16" of "digits:16"."""
+    bare = re.fullmatch(r"\w+(:\d*)?(\?.*)?", spec)  # only a size or options behind the kind
+    last = spec if bare else re.split(r"[:/\\]", spec.rstrip("/\\"))[-1]
     return re.sub(r"[^A-Za-z0-9._]+", "-", last).strip("-.")[:40]

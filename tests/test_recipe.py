@@ -337,4 +337,6 @@ def test_default_directory_is_the_same_for_the_same_training_and_another_for_ano
     assert mine == resolve("{methods: [{name: toy, config: {keep: 0.75}}]}").default_directory()
     own = resolve(methods=["toy"], data=["imagefolder:/data/my cats/"]).default_directory()
     assert own.name.startswith("toy-my-cats-")
+    for spec, name in {"scenes:32?masks=true": "scenes-32-masks-true", "digits:16": "digits-16"}.items():
+        assert resolve(methods=["toy"], data=[spec]).default_directory().name.startswith(f"toy-{name}-")
     assert resolve(methods=["toy"], settings=["name=mine"]).default_directory() == Path("runs/mine")
