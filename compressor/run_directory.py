@@ -34,8 +34,11 @@ from compressor.plain_yaml import YAMLError, dump_yaml, load_yaml
 __all__ = ["FREE_KEYS", "RunDirectory", "Stage", "fingerprint"]
 
 SCHEMA = 1
-FREE_KEYS = frozenset({"checkpoint_seconds", "device", "trust_remote_code"})
-"""Recipe keys that may differ when a run goes on: they do not change what is computed."""
+FREE_KEYS = frozenset(
+    {"benchmark", "checkpoint_seconds", "device", "evaluation", "name", "targets", "trust_remote_code"}
+)
+"""Recipe keys that may differ when a run goes on: they do not change the student, and the stages behind it know by
+their own fingerprints what is to be done again."""
 
 _LIBRARIES = ("numpy", "torch", "diffusers", "transformers", "timm", "accelerate", "onnx", "onnxruntime", "openvino")
 
@@ -337,10 +340,9 @@ def _refuse_other_recipe(path: Path, recipe: Mapping[str, Any], may_differ: Coll
         found = _first_difference(key, stored.get(key), recipe.get(key))
         if found is not None:
             where, old, new = found
-            hint = "; `compress export` adds targets to a finished run" if key == "targets" else ""
             raise RequestError(
                 f"{path} holds the run of another recipe: {where} was {_shown(old)}, now {_shown(new)}; "
-                f"name another --out, or use --overwrite to start afresh{hint}"
+                f"name another --out, or use --overwrite to start afresh"
             )
 
 

@@ -118,3 +118,19 @@ def test_a_run_with_relative_paths_is_exported_from_elsewhere(
     run = Path(os.path.relpath(pictures / "run"))
     assert pipeline.export_run(run, ["own.toml"], log=Log(quiet=True)) == [run / "artifacts/own"]
     assert Path.cwd() == tmp_path
+
+
+def test_other_targets_and_samples_train_nothing_again(finished: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    student = (run / "student/model.safetensors").stat().st_mtime_ns
+    pipeline.run(recipe(targets=["openvino-fp32"], evaluation={"samples": 30}), run, log=Log(quiet=True))
+    assert (run / "student/model.safetensors").stat().st_mtime_ns == student
+    assert [event["kind"] for event in read_log(run / "log.jsonl")].count("phase-start") == 1
+    report = json.loads((run / "report/report.json").read_text())
+    own = [entry for entry in report["engines"] if entry["model"] == "student"]
+    assert {"openvino-fp32", "ort-fp32", "torch-fp32"} <= {entry["target"] for entry in own}
+    assert all(entry["end_to_end"] for entry in own)
+    assert report["recipe"]["targets"] == ["openvino-fp32"]
+    stages = json.loads((run / "run.json").read_text())["stages"]
+    share = stages["evaluate ort-fp32"]["facts"]["metrics"]["top1"] * 30
+    assert share == pytest.approx(round(share))
