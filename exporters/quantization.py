@@ -195,11 +195,24 @@ def _release_float_readers(model: ModelProto, chosen: QuantizedOperators, quanti
     kept = []
     for node in reversed(model.graph.node):
         if used.intersection(node.output):
-            used.update(node.input)
+            used.update(_read_by(node))
             kept.append(node)
     copies = [NodeProto.FromString(node.SerializeToString()) for node in reversed(kept)]
     del model.graph.node[:]
     model.graph.node.extend(copies)
+    for place in reversed(range(len(model.graph.initializer))):  # scales of pairs that are gone: engines warn of them
+        if model.graph.initializer[place].name not in used:
+            del model.graph.initializer[place]
+
+
+def _read_by(node: NodeProto) -> Iterator[str]:
+    """Names that a node reads, the graphs within it included."""
+    yield from node.input
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            yield from (value.name for value in graph.output)
+            for inner in graph.node:
+                yield from _read_by(inner)
 
 
 def _rename(model: ModelProto, name: str, new: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,6 +182,13 @@ def graph_of(net: nn.Module, folder) -> tuple[onnx.ModelProto, list[dict[str, np
     graph = packed(net).graphs["classifier"]
     images = digits("train").fields["image"]
     return export_onnx(graph, folder / "graph.onnx").load(), [{"image": images[:16]}]
+
+
+def test_an_engine_has_nothing_to_warn_of_when_it_loads_an_int8_graph(trained, tmp_path, capfd):
+    exported(trained, "ort-int8", tmp_path)
+    capfd.readouterr()
+    onnxruntime.InferenceSession(tmp_path / "ort-int8" / "classifier.onnx", providers=["CPUExecutionProvider"])
+    assert capfd.readouterr().err == ""
 
 
 def test_residual_between_convolutions_stays_in_eight_bits(trained, tmp_path):
