@@ -15,6 +15,7 @@ __all__ = [
     "RequestError",
     "RunLockedError",
     "TargetError",
+    "first_line",
     "nearest",
 ]
 
@@ -59,6 +60,12 @@ class TargetError(CompressorError):
 
 class ArtifactError(CompressorError):
     """An exported artifact is damaged, or differs from the model that it was made of."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of a library says, or its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0].strip() if text else type(error).__name__
 
 
 def nearest(name: str, choices: Iterable[str], *, limit: int = 3) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import re
 import tempfile
@@ -49,6 +48,7 @@ from compressor.runtimes.manifest import (
     hash_file,
 )
 from compressor.runtimes.runtime import Array, Run, Runtime, TensorSpec
+from compressor.versions import installed_versions
 
 __all__ = ["export"]
 
@@ -117,7 +117,7 @@ def export(
             graphs={name: item.entry for name, item in done.items()},
             assets=_write_assets(deployable.assets, temporary),
             files=_write_files(deployable, temporary),
-            versions=_versions(),
+            versions=installed_versions(_LIBRARIES),
             notes=_distinct(whole.notes(target), *(item.notes for item in done.values())),
             runnable_here=found.can_run and not reasons,
             reason=(reasons or [found.reason])[0],
@@ -423,13 +423,3 @@ def _json(values: Mapping[str, Any], what: str) -> dict[str, Any]:
     except (TypeError, ValueError) as error:
         raise RequestError(f"{what} must be JSON values: {error}") from error
     return result
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

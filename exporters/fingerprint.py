@@ -19,6 +19,7 @@ import torch
 from compressor.deployable import Graph
 from compressor.exporters.onnx_graph import OPSET
 from compressor.runtimes.runtime import Array
+from compressor.versions import installed_versions
 
 __all__ = ["graph_fingerprint", "records_fingerprint"]
 
@@ -36,7 +37,7 @@ def graph_fingerprint(graph: Graph) -> str:
         "outputs": graph.outputs,
         "dynamic": {name: sorted(axes.items()) for name, axes in graph.dynamic.items()},
         "opset": OPSET,
-        "versions": _versions(),
+        "versions": installed_versions(_LIBRARIES),
         "code": _package_code(),
     }
     digest.update(json.dumps(interface).encode())
@@ -110,17 +111,6 @@ def _add_object(digest: Any, value: Any, seen: _Seen) -> None:
     elif hasattr(value, "__dict__"):
         digest.update(_source(type(value)).encode())
         _add(digest, vars(value), seen)
-
-
-@functools.cache
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from compressor.errors import ArtifactError
+from compressor.errors import ArtifactError, first_line
 from compressor.runtimes.runtime import Array
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Interpreter:
                 self._session, self.name = ReferenceEvaluator(given), "ONNX's reference evaluator"
                 self._outputs, self._inputs = list(self._session.output_names), set(self._session.input_names)
         except Exception as error:  # both raise many types
-            raise ArtifactError(f"the exported graph is not valid: {_first_line(error)}") from error
+            raise ArtifactError(f"the exported graph is not valid: {first_line(error)}") from error
 
     def __call__(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         names = list(self._outputs if outputs is None else outputs)
@@ -57,7 +57,7 @@ class Interpreter:
         try:
             values = self._session.run(names, feed)
         except Exception as error:  # both raise many types
-            raise ArtifactError(f"the exported graph fails: {_first_line(error)}") from error
+            raise ArtifactError(f"the exported graph fails: {first_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
 
@@ -97,7 +97,3 @@ def _carried(tensor: TensorProto) -> Array:
     shape = tuple(tensor.dims)
     width = size_of(tensor) // math.prod(shape)
     return stored_bits(tensor).view(np.dtype(f"u{width}")).reshape(shape)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from compressor.deployable import Graph
-from compressor.errors import ArtifactError, CompressorError, RequestError
+from compressor.errors import ArtifactError, CompressorError, RequestError, first_line
 from compressor.exporters.free_sizes import other_sizes, resized, said
 from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.layers import LAYER_KEY
@@ -200,7 +200,7 @@ def _check_example(graph: Graph, name: str) -> None:
     except CompressorError:
         raise
     except Exception as error:  # user code
-        raise RequestError(f"graph {name!r} does not run on its example inputs: {_first_line(error)}") from error
+        raise RequestError(f"graph {name!r} does not run on its example inputs: {first_line(error)}") from error
     if any(first[key].shape != value.shape or _unlike(first[key], value) for key, value in second.items()):
         raise RequestError(
             f"graph {name!r} gives other outputs for the same inputs each time: dropout that is on in evaluation "
@@ -337,7 +337,7 @@ def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
         try:
             expected = module_outputs(graph, inputs)
         except Exception as error:  # user code
-            raise RequestError(f"graph {name!r}: the module itself fails{where}: {_first_line(error)}") from error
+            raise RequestError(f"graph {name!r}: the module itself fails{where}: {first_line(error)}") from error
         try:
             parity = compare(expected, run(inputs), TOLERANCES["fp32"], run.name)
         except ArtifactError as error:
@@ -412,12 +412,7 @@ def _explain(error: BaseException) -> str:
             return (
                 f"{which} is declared dynamic, but the module fixes its size: compute with x.shape, not with a number"
             )
-    return _first_line(causes[-1] if "Failed to convert the exported program" in str(error) else error)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    return first_line(causes[-1] if "Failed to convert the exported program" in str(error) else error)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import ArtifactError, TargetError
+from compressor.errors import ArtifactError, TargetError, first_line
 from compressor.exporters.artifact import Source
 from compressor.exporters.layers import layer_of
 from compressor.exporters.onnx_graph import OnnxGraph
@@ -143,8 +143,7 @@ def _quantized(model: Any, records: Sequence[Mapping[str, Array]], target: Targe
                 advanced_parameters=_ranges(nncf, method, target.calibration.percentile),
             )
     except Exception as error:  # NNCF raises many types
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ArtifactError(f"NNCF cannot quantise the graph: {first}") from error
+        raise ArtifactError(f"NNCF cannot quantise the graph: {first_line(error)}") from error
 
 
 def _ranges(nncf: Any, method: str, percentile: float) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 from onnx import ModelProto, NodeProto
 
-from compressor.errors import ArtifactError
+from compressor.errors import ArtifactError, first_line
 from compressor.exporters.graph_edges import makers_of
 from compressor.exporters.model_file import filled, write_model
 from compressor.exporters.quantized_operators import QuantizedOperators, choose_operators
@@ -157,8 +157,7 @@ class QdqQuantizer:
                     calibrator.collect_data(_Reader(record))
                 return calibrator.compute_data()
             except Exception as error:  # the quantiser raises plain exceptions of many kinds
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ArtifactError(f"the calibration of the graph fails: {first}") from error
+                raise ArtifactError(f"the calibration of the graph fails: {first_line(error)}") from error
 
 
 class _Reader:

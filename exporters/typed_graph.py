@@ -13,7 +13,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from onnx.helper import make_attribute, make_node
 
-from compressor.errors import ArtifactError
+from compressor.errors import ArtifactError, first_line
 from compressor.exporters.model_file import check_model, infer_types, rounded
 from compressor.runtimes.runtime import Array
 
@@ -127,7 +127,7 @@ def type_graph(model: ModelProto, keep: Collection[str], kind: Half = FLOAT16) -
     try:
         check_model(typed)
     except Exception as error:  # checker and inference raise their own types
-        raise ArtifactError(f"the half-precision graph is not valid: {str(error).strip().splitlines()[0]}") from error
+        raise ArtifactError(f"the half-precision graph is not valid: {first_line(error)}") from error
     return typed
 
 

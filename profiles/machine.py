@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
 import os
 import platform
@@ -10,6 +9,8 @@ import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from compressor.versions import installed_versions
 
 __all__ = ["LIBRARIES", "describe_machine", "usable_threads"]
 
@@ -49,7 +50,7 @@ def describe_machine() -> dict[str, Any]:
         "memory_mb": _memory_mb(),
         "os": _system(),
         "python": platform.python_version(),
-        "libraries": _versions(),
+        "libraries": installed_versions(LIBRARIES),
         "gpus": _gpus(),
         "environment": {name: os.environ[name] for name in _THREAD_VARIABLES if name in os.environ},
     }
@@ -81,16 +82,6 @@ def _ranges(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ",".join("-".join(map(str, part)) for part in parts)
-
-
-def _versions() -> dict[str, str]:
-    versions = {}
-    for name in LIBRARIES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _cpu_model() -> str | None:

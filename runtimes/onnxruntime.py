@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compressor.errors import TargetError
+from compressor.errors import TargetError, first_line
 from compressor.runtimes.graph_inputs import check_inputs
 from compressor.runtimes.runtime import Array, TensorSpec
 
@@ -57,7 +57,7 @@ class OnnxRuntime:
         try:
             self._session = onnxruntime.InferenceSession(str(path), session_options, providers=providers)
         except Exception as error:  # the engine's exceptions have no common base
-            reason = _too_new(error, onnxruntime.__version__) or _first_line(error)
+            reason = _too_new(error, onnxruntime.__version__) or first_line(error)
             raise TargetError(f"ONNX Runtime cannot load {path}: {reason}") from error
         if self._session.get_providers()[0] != providers[0][0]:
             raise TargetError(f"{providers[0][0]} does not start on this machine: check its libraries and the driver")
@@ -70,7 +70,7 @@ class OnnxRuntime:
         try:
             values = self._session.run(names, ready)
         except Exception as error:  # the engine's exceptions have no common base
-            raise TargetError(f"ONNX Runtime failed: {_first_line(error)}") from error
+            raise TargetError(f"ONNX Runtime failed: {first_line(error)}") from error
         return dict(zip(names, values, strict=True))
 
     def close(self) -> None:
@@ -106,7 +106,3 @@ def _too_new(error: Exception, version: str) -> str:
             needs, has = found.groups()
             return f"it needs ONNX {what} {needs}, ONNX Runtime {version} has {has}: upgrade it"
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -9,7 +9,7 @@ import numpy as np
 
 from compressor.data.dataset import DataInfo
 from compressor.data.pictures import PictureOptions, Pictures, held_out, is_gray, parse_argument, usual_size
-from compressor.errors import RequestError, nearest
+from compressor.errors import RequestError, first_line, nearest
 
 __all__ = ["hf_set"]
 
@@ -59,8 +59,7 @@ def _load(directory: Path) -> Any:
     try:
         return datasets.load_from_disk(str(directory))
     except Exception as error:  # whatever it is, the folder cannot be read
-        first = str(error).strip().partition("\n")[0]
-        raise RequestError(f"hf:{directory} is nothing that save_to_disk wrote: {first}") from error
+        raise RequestError(f"hf:{directory} is nothing that save_to_disk wrote: {first_line(error)}") from error
 
 
 def _parts(loaded: Any) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from PIL import Image, UnidentifiedImageError
 from compressor.atomic import write_json
 from compressor.cache import cache_directory
 from compressor.data.pictures import is_gray
-from compressor.errors import CompressorError, RequestError
+from compressor.errors import CompressorError, RequestError, first_line
 
 __all__ = [
     "PICTURE_KINDS", "SPLIT_FOLDERS", "Found", "file_fingerprint", "folders_in", "look_at", "pictures_below",
@@ -125,7 +125,7 @@ def look_at(path: Path, read: Callable[[Image.Image], Found] | None = None) -> F
     except UnidentifiedImageError:
         return Found(problem="no picture")
     except Exception as error:  # decoders fail in many ways
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         return Found(problem=reason)
 
 

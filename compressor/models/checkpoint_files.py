@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from compressor.errors import ModelError
+from compressor.errors import ModelError, first_line
 
 __all__ = ["load_state", "read_state"]
 
@@ -30,7 +30,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, OSError, ValueError, EOFError, KeyError) as error:
-        raise ModelError(f"{path} is truncated, damaged or no checkpoint ({_first_line(error)})") from error
+        raise ModelError(f"{path} is truncated, damaged or no checkpoint ({first_line(error)})") from error
     except Exception as error:  # the unpickler's own error
         raise ModelError(
             f"{path} holds more than tensors and would run code: save its state_dict as safetensors"
@@ -63,8 +63,3 @@ def load_state(module: nn.Module, state: Mapping[str, Tensor], path: Path) -> No
         more = f"{len(unexpected)} are unknown ({unexpected[0]}, ...)" if unexpected else ""
         raise ModelError(f"{path} does not fit {type(module).__name__}: {' and '.join(filter(None, (what, more)))}")
     module.load_state_dict(dict(state))
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -22,7 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from compressor.errors import ModelError, RequestError, nearest
+from compressor.errors import ModelError, RequestError, first_line, nearest
 from compressor.models.checkpoint_files import load_state, read_state
 from compressor.models.model import Model, ModelInfo
 from compressor.spec_options import split_options
@@ -418,12 +418,7 @@ def reported(what: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"{what} cannot be made: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise ModelError(f"{what} cannot be made: {first_line(error)}") from error
 
 
 def as_json(value: Any) -> Any:

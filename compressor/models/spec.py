@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from compressor.data.sources import call_factory, import_object
-from compressor.errors import ModelError, RequestError, nearest
+from compressor.errors import ModelError, RequestError, first_line, nearest
 from compressor.models.classifier_loading import LIBRARIES, Argument, build_classifier, load_classifier
 from compressor.models.model import Model, ModelInfo, load_model
 from compressor.models.segmenter_loading import load_segmenter
@@ -132,7 +132,7 @@ def load_weights(module: nn.Module, directory: Path) -> None:
     try:
         load_into(module, str(files[0]), strict=True)
     except (RuntimeError, KeyError) as error:
-        raise ModelError(f"the weights in {files[0]} do not fit the model: {_first_line(error)}") from error
+        raise ModelError(f"the weights in {files[0]} do not fit the model: {first_line(error)}") from error
 
 
 def check_weights(directory: Path) -> list[Path]:
@@ -146,13 +146,9 @@ def check_weights(directory: Path) -> list[Path]:
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path} is truncated or damaged ({_first_line(error)}): copy or download it again"
+                f"{path} is truncated or damaged ({first_line(error)}): copy or download it again"
             ) from error
     return files
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _load_diffusers(argument: str, trust_remote_code: bool) -> Model:
@@ -192,7 +188,7 @@ def _load_from_hub(name: str, subfolder: str, trust_remote_code: bool) -> Model:
         config: Any = diffusers.ConfigMixin.load_config(name, subfolder=subfolder)
     except Exception as error:
         raise ModelError(
-            f"diffusers:{name}#{subfolder} is neither a directory nor reachable on the hub: {_first_line(error)}"
+            f"diffusers:{name}#{subfolder} is neither a directory nor reachable on the hub: {first_line(error)}"
         ) from error
     try:
         scheduler: Any = diffusers.ConfigMixin.load_config(name, subfolder="scheduler")
@@ -206,7 +202,7 @@ def _pretrained(library_class: Any, name: str, options: dict[str, Any], schedule
     try:
         module = library_class.from_pretrained(name, **options)
     except Exception as error:
-        raise ModelError(f"{library_class.__name__} cannot be loaded from {name}: {_first_line(error)}") from error
+        raise ModelError(f"{library_class.__name__} cannot be loaded from {name}: {first_line(error)}") from error
     config = {key: value for key, value in dict(module.config).items() if not key.startswith("_")}
     extra = {"scheduler": scheduler} if scheduler else {}
     return Model(
@@ -220,5 +216,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is no readable JSON: {_first_line(error)}") from error
+        raise ModelError(f"{path} is no readable JSON: {first_line(error)}") from error
     return value if isinstance(value, dict) else None

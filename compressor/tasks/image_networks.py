@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compressor.data.dataset import DataInfo, Dataset, Sample, Subset
 from compressor.data.sources import load_data
 from compressor.data.stream import Batch, stack
-from compressor.errors import CompressorError, RequestError
+from compressor.errors import CompressorError, RequestError, first_line
 from compressor.evaluate import Feed
 from compressor.models.image_network import ImageNetwork
 from compressor.models.model import Model
@@ -132,8 +132,7 @@ def check_image_network(model: Model, network: Callable[[Model], ImageNetwork], 
         raise
     except (RuntimeError, ValueError, IndexError, AssertionError, TypeError) as error:
         shape = "x".join(map(str, info.shape))
-        first = str(error).strip().partition("\n")[0]
-        raise RequestError(f"{name} cannot take images of shape {shape}: {first}") from error
+        raise RequestError(f"{name} cannot take images of shape {shape}: {first_line(error)}") from error
     finally:
         model.module.train(training)
     if logits.shape[1] != classes:
