@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
@@ -184,11 +183,11 @@ def graph_of(net: nn.Module, folder) -> tuple[onnx.ModelProto, list[dict[str, np
     return export_onnx(graph, folder / "graph.onnx").load(), [{"image": images[:16]}]
 
 
-def test_an_engine_has_nothing_to_warn_of_when_it_loads_an_int8_graph(trained, tmp_path, capfd):
+def test_int8_graph_holds_nothing_that_is_not_read(trained, tmp_path):
     exported(trained, "ort-int8", tmp_path)
-    capfd.readouterr()
-    onnxruntime.InferenceSession(tmp_path / "ort-int8" / "classifier.onnx", providers=["CPUExecutionProvider"])
-    assert capfd.readouterr().err == ""
+    graph = onnx.load(tmp_path / "ort-int8" / "classifier.onnx").graph
+    read = {name for node in graph.node for name in node.input}
+    assert [tensor.name for tensor in graph.initializer if tensor.name not in read] == []  # engines warn of such
 
 
 def test_residual_between_convolutions_stays_in_eight_bits(trained, tmp_path):
