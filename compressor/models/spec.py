@@ -185,13 +185,14 @@ def _load_from_hub(name: str, subfolder: str, trust_remote_code: bool) -> Model:
     import diffusers
 
     try:
-        config: Any = diffusers.ConfigMixin.load_config(name, subfolder=subfolder)
+        # classes that know what their file is called; their common base does not
+        config: Any = diffusers.AutoModel.load_config(name, subfolder=subfolder)
     except Exception as error:
         raise ModelError(
             f"diffusers:{name}#{subfolder} is neither a directory nor reachable on the hub: {first_line(error)}"
         ) from error
     try:
-        scheduler: Any = diffusers.ConfigMixin.load_config(name, subfolder="scheduler")
+        scheduler: Any = diffusers.DDPMScheduler.load_config(name, subfolder="scheduler")
     except Exception:
         scheduler = None  # a repository of one model alone has none; the class's default serves
     library_class = _library_class("diffusers", str(config["_class_name"]))
