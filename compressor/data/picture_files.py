@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", "
 PICTURE_KINDS = " ".join(sorted(suffix.removeprefix(".") for suffix in SUFFIXES))
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 MAC_FOLDER = "__MACOSX"
+MOST_NAMED = 20
+"""Damaged pictures that a message names."""
 
 log = logging.getLogger("compressor")
 _told: set[str] = set()  # each split of a set would say it again
@@ -143,7 +146,8 @@ def refuse_or_leave_out(root: Path, bad: Mapping[Path, str], total: int, skip: b
     """
     if not bad:
         return
-    listed = ", ".join(f"{path.relative_to(root)} ({problem})" for path, problem in bad.items())
+    named = [f"{path.relative_to(root)} ({problem})" for path, problem in islice(bad.items(), MOST_NAMED)]
+    listed = ", ".join(named) + (f" and {len(bad) - MOST_NAMED} more" if len(bad) > MOST_NAMED else "")
     which = f"{len(bad)} of {total} pictures in {root} cannot be read"
     if not skip:
         raise RequestError(f"{which}: {listed}; repair or remove them, or leave them out with ?skip_bad=true")

@@ -60,3 +60,11 @@ def test_empty_class_is_refused_by_name(root):
     (root / "empty_class").mkdir()
     with pytest.raises(RequestError, match="empty_class holds no pictures"):
         load_data(f"imagefolder:{root}", "train")
+
+
+def test_a_message_of_very_many_damaged_pictures_stays_readable(root):
+    for number in range(50):
+        (root / "cat" / f"bad-{number:02}.jpg").touch()
+    with pytest.raises(RequestError, match=r"50 of 70 pictures.*bad-19\.jpg \(empty\) and 30 more; repair") as caught:
+        load_data(f"imagefolder:{root}", "train")
+    assert "bad-20.jpg" not in str(caught.value)
