@@ -151,6 +151,9 @@ def load_data(spec: str, split: str) -> Dataset:
     if kind.startswith("scenes?"):  # options without a size
         kind, argument = "scenes", spec.removeprefix("scenes")
     loaders = SOURCES | {point.name: point for point in entry_points(group="compressor.data")}
+    if kind not in loaders and Path(spec.partition("?")[0]).is_dir():
+        kinds = ", ".join(f"{one}:{spec}" for one in ("segfolder", "latents", "hf"))
+        raise RequestError(f"the data {spec!r} are a folder; of what? write imagefolder:{spec} (or {kinds})")
     if kind not in loaders:
         raise RequestError(f"unknown data {spec!r}: {nearest(kind, loaders)}")
     loader = loaders[kind]

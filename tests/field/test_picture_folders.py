@@ -68,3 +68,11 @@ def test_a_message_of_very_many_damaged_pictures_stays_readable(root):
     with pytest.raises(RequestError, match=r"50 of 70 pictures.*bad-19\.jpg \(empty\) and 30 more; repair") as caught:
         load_data(f"imagefolder:{root}", "train")
     assert "bad-20.jpg" not in str(caught.value)
+
+
+def test_a_folder_without_its_kind_is_told_what_to_write(root, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    with pytest.raises(RequestError, match=r"'set' are a folder; of what\? write imagefolder:set \(or segfolder:set"):
+        load_data("set", "train")
+    with pytest.raises(RequestError, match="unknown data 'nothing': choose from"):
+        load_data("nothing", "train")
