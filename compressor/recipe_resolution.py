@@ -206,7 +206,9 @@ def _apply_flags(values: dict[str, Any], flags: Flags, needs: Sequence[Needs]) -
 def _apply_steps(values: dict[str, Any], entries: Sequence[dict[str, Any]]) -> None:
     """Move the recipe's ``steps`` to where every method keeps its own."""
     steps = Recipe.parse({"steps": values.pop("steps", None)}).steps
-    for entry in entries if steps is not None else ():
+    if steps is None:
+        return
+    for entry in entries:
         entry["config"] = _with_steps(entry["config"], steps, entry["name"])
 
 

@@ -31,7 +31,6 @@ __all__ = [
     "method_facts",
     "method_names",
     "module_documentation",
-    "task_names",
 ]
 
 METHOD_PARTS = ("name", "paper", "idea", "needs", "Config", "default_recipe", "phases", "student", "deployables")
@@ -92,11 +91,6 @@ def load_method(name: str) -> type[Method]:
     if missing:
         raise RequestError(f"the method {name!r} of {sources[name].module} lacks {', '.join(missing)}")
     return found
-
-
-def task_names() -> list[str]:
-    """Names of all tasks, sorted."""
-    return sorted(_task_sources())
 
 
 def load_task(name: str) -> type[Task]:

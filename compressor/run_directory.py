@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -30,6 +29,7 @@ from compressor import __version__
 from compressor.atomic import write_json, write_text
 from compressor.errors import CheckpointError, CompressorError, RequestError, RunLockedError
 from compressor.plain_yaml import YAMLError, dump_yaml, load_yaml
+from compressor.versions import installed_versions
 
 __all__ = ["FREE_KEYS", "RunDirectory", "Stage", "fingerprint"]
 
@@ -381,11 +381,7 @@ def _clear(path: Path) -> None:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"compressor": __version__, "python": platform.python_version()}
-    for name in _LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return versions
+    return {"compressor": __version__, "python": platform.python_version()} | installed_versions(_LIBRARIES)
 
 
 def _shown(value: Any) -> str:
