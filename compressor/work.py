@@ -199,7 +199,7 @@ class Work:
             ctx = self._context(method, randomness, student, f"{k}-{entry.name}")
             engine = self._engine(randomness, mark, replay)
             if not replay:
-                self.log.event("stage", f"{k}-{entry.name}: training", stage=f"train {k}-{entry.name}")
+                self.log.event("stage", stage=f"train {k}-{entry.name}")
             engine.run(method.phases(ctx), prefix=f"{k}-{entry.name}/")
             student = method.student()
             student.module.eval()
@@ -259,7 +259,10 @@ class Work:
         facts = dict(event)
         kind, phase = facts.pop("event"), facts.pop("phase")
         said = ""
-        if kind == "phase-end":
+        if kind == "phase-start" and facts.get("kind") == "train":
+            done, steps = facts["step"], facts["steps"]
+            said = f"{phase}: going on at step {done} of {steps}" if done else f"{phase}: training, {steps} steps"
+        elif kind == "phase-end":
             losses = [f"{name.removeprefix('loss/')} {value:.4g}" for name, value in facts.items() if "loss/" in name]
             said = f"{phase}: done in {facts.get('seconds', 0):.0f} s" + (f" ({', '.join(losses)})" if losses else "")
         elif kind in ("phase-stale", "skipped"):

@@ -65,8 +65,11 @@ def test_a_teacher_without_weights_is_warned_of(finished: Path) -> None:
 
 
 def test_a_teacher_without_weights_is_the_same_when_the_run_goes_on(finished: Path) -> None:
-    before = (finished / "run.json").read_text()
+    before, events = (finished / "run.json").read_text(), len(read_log(finished / "log.jsonl"))
     pipeline.run(recipe(), finished, log=Log(quiet=True))
+    said = [event.get("message", "") for event in read_log(finished / "log.jsonl")]
+    assert "0-kd/distil: training, 2 steps" in said[:events]
+    assert not any("training" in message or "going on" in message for message in said[events:])
     stages = [json.loads(text)["stages"] for text in (before, (finished / "run.json").read_text())]
     for name, stage in stages[0].items():
         assert stages[1][name] == stage
