@@ -27,9 +27,10 @@ from compressor.exporters.half_arithmetic import JUDGE
 from compressor.exporters.layers import model_path
 from compressor.exporters.onnx_graph import OnnxGraph, evaluation_form, module_outputs
 from compressor.exporters.openvino import OPENVINO_ISLANDS
-from compressor.exporters.parity import TOLERANCES, compare, worst
+from compressor.exporters.parity import TOLERANCES, worst
 from compressor.exporters.quantized_export import quantize_graph
 from compressor.exporters.tensorrt import check_axes
+from compressor.exporters.tied_entries import compare_sorted, possible_scores
 from compressor.exporters.torchscript_route import TORCHSCRIPT
 from compressor.exporters.typed_graph import HALVES
 from compressor.layer_patterns import check_patterns
@@ -219,7 +220,7 @@ def _export_graph(
             told = _with_properties(target, built.properties)
             engine, judge, tolerance = _open(built, told, directory)
             with contextlib.closing(engine):
-                parities.append(_engine_parity(engine, judge, tolerance, inputs, references))
+                parities.append(_engine_parity(name, engine, judge, tolerance, exported, inputs, references))
                 if parities[-1].relative <= tolerance:
                     check_other_sizes(name, engine, judge, exported.path, others, tolerance)
         except TargetError as error:
@@ -256,14 +257,22 @@ def _open(built: Built, target: Target, directory: Path) -> tuple[Runtime, str, 
 
 
 def _engine_parity(
+    name: str,
     engine: Run,
     judge: str,
     tolerance: float,
+    plain: OnnxGraph,
     inputs: list[Mapping[str, Array]],
     references: list[dict[str, Array]],
 ) -> Parity:
+    scores = possible_scores(plain.path)
     pairs = zip(references, inputs, strict=True)
-    return worst([compare(reference, engine(record), tolerance, judge) for reference, record in pairs])
+    try:
+        return worst(
+            [compare_sorted(reference, engine(record), tolerance, judge, scores) for reference, record in pairs]
+        )
+    except ArtifactError as error:
+        raise ArtifactError(f"graph {name!r} on {judge}: {error}") from error
 
 
 def _other_inputs(

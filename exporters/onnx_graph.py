@@ -22,6 +22,7 @@ from compressor.exporters.interpreter import Interpreter
 from compressor.exporters.layers import LAYER_KEY
 from compressor.exporters.model_file import read_model, with_weights_beside, write_model
 from compressor.exporters.parity import TOLERANCES, compare
+from compressor.exporters.tied_entries import OrderError, compare_sorted, possible_scores
 from compressor.exporters.torchscript_route import ROUTE_KEY, TORCHSCRIPT, other_values, trace_torchscript
 from compressor.runtimes.runtime import Array, TensorSpec
 
@@ -323,7 +324,7 @@ def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
 
     A graph that was traced may have fixed a branch that other values do not take, so those are tried too.
     """
-    run = Interpreter(exported.path)
+    run, scores = Interpreter(exported.path), possible_scores(exported.path)
     example = {key: value.numpy() for key, value in graph.inputs.items()}
     for size in ({}, *other_sizes(example, graph.dynamic)):
         where = f" at {said(size)}" if size else ""
@@ -333,7 +334,7 @@ def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
         except Exception as error:  # user code
             raise RequestError(f"graph {name!r}: the module itself fails{where}: {first_line(error)}") from error
         try:
-            parity = compare(expected, run(inputs), TOLERANCES["fp32"], run.name)
+            parity = compare_sorted(expected, run(inputs), TOLERANCES["fp32"], run.name, scores)
         except ArtifactError as error:
             raise ArtifactError(f"graph {name!r} does not hold{where}: {error}") from error
         if not parity.relative <= parity.tolerance:
@@ -342,14 +343,18 @@ def _verify(exported: OnnxGraph, graph: Graph, name: str) -> None:
                 f"{parity.relative:.1e} of its scale{where} (allowed: {parity.tolerance:.0e})"
             )
     if exported.route == TORCHSCRIPT:
-        _verify_values(run, graph, example, name)
+        _verify_values(run, graph, example, name, scores)
 
 
-def _verify_values(run: Interpreter, graph: Graph, example: Mapping[str, Array], name: str) -> None:
+def _verify_values(
+    run: Interpreter, graph: Graph, example: Mapping[str, Array], name: str, scores: tuple[str, ...]
+) -> None:
     for inputs in other_values(example):
         expected = module_outputs(graph, inputs)
         try:
-            parity = compare(expected, run(inputs), TOLERANCES["fp32"], run.name)
+            parity = compare_sorted(expected, run(inputs), TOLERANCES["fp32"], run.name, scores)
+        except OrderError as error:
+            raise ArtifactError(f"graph {name!r} gives something else for other values: {error}") from error
         except ArtifactError as error:
             raise ArtifactError(f"graph {name!r} holds for its example alone: with other values {error}") from error
         if not parity.relative <= parity.tolerance:
