@@ -71,10 +71,11 @@ class Arms:
     def start(self) -> Model:
         return demo_model(f"scenes-cnn-small?seed={self.seed}", log=self.log)
 
-    def top1(self, model: Model) -> float:
+    def top1(self, model: Model, task: Classification | None = None) -> float:
+        task = task or self.task
         model.module.eval()
-        driver = torch_driver(self.task.deployable(model))
-        return round(quality(self.task, driver, Evaluation(samples=10_000), 100)["top1"], 4)
+        driver = torch_driver(task.deployable(model))
+        return round(quality(task, driver, Evaluation(samples=10_000), 100)["top1"], 4)
 
     def context(self, teachers: list[Model]) -> RunContext:
         students = {"student": self.start}
