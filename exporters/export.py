@@ -21,14 +21,14 @@ from compressor.errors import ArtifactError, RequestError, TargetError
 from compressor.evaluate import TorchRun
 from compressor.exporters.artifact import Built, Source
 from compressor.exporters.calibration import CalibrationData, check_records
-from compressor.exporters.free_sizes import check_other_sizes, other_sizes, resized
-from compressor.exporters.graph_store import GraphStore
+from compressor.exporters.free_sizes import Sized, check_other_sizes, other_sizes, resized
+from compressor.exporters.graph_store import GraphStore, StoredHalf
 from compressor.exporters.half_arithmetic import JUDGE
 from compressor.exporters.layers import model_path
 from compressor.exporters.onnx_graph import OnnxGraph, evaluation_form, module_outputs
 from compressor.exporters.openvino import OPENVINO_ISLANDS
 from compressor.exporters.parity import TOLERANCES, worst
-from compressor.exporters.quantized_export import quantize_graph
+from compressor.exporters.quantized_export import Case, quantize_graph
 from compressor.exporters.tensorrt import check_axes
 from compressor.exporters.tied_entries import compare_sorted, possible_scores
 from compressor.exporters.torchscript_route import TORCHSCRIPT
@@ -45,10 +45,11 @@ from compressor.runtimes.manifest import (
     Island,
     Manifest,
     Parity,
+    Quantization,
     check_relative_path,
     hash_file,
 )
-from compressor.runtimes.runtime import Array, Run, Runtime, TensorSpec
+from compressor.runtimes.runtime import Array, Run, Runtime
 from compressor.versions import installed_versions
 
 __all__ = ["export"]
@@ -169,6 +170,17 @@ class _Whole:
         return self.calibration.notes if self.calibration is not None and target.quantized else ()
 
 
+@dataclass(frozen=True)
+class _Typed:
+    """A graph in the target's precision, before an engine is built of it."""
+
+    source: Source
+    islands: tuple[Island, ...] = ()
+    parities: tuple[Parity, ...] = ()
+    notes: tuple[str, ...] = ()
+    quantization: Quantization | None = None
+
+
 def _export_graph(
     name: str,
     graph: Graph,
@@ -185,44 +197,27 @@ def _export_graph(
         inputs = _records(name, plain, target, records)
         references = [module_outputs(plain, record, name) for record in inputs]
         ranges = _records(name, plain, target, whole.records(name) or records) if target.quantized else []
-    exported = store.plain(name, graph)
-    source, parities = Source(name, exported, exported), []
-    islands: tuple[Island, ...] = ()
-    notes: tuple[str, ...] = ()
-    quantization, kind = None, HALVES.get(target.precision)
+    exported, kind = store.plain(name, graph), HALVES.get(target.precision)
+    others = _other_inputs(graph, target, inputs[0]) if found.can_run else []
     with tempfile.TemporaryDirectory() as folder:
-        if kind is not None:
-            half = store.half(name, graph, inputs, references, kind)
-            islands, parities = half.islands, [half.parity]
-            source = Source(name, exported, half.graph, half.kept)
-        elif target.quantized:
-            samples, notes = check_records(name, ranges)
-            kept: Mapping[str, str] = {}
-            if target.rest == "fp16":
-                half = store.half(name, graph, inputs, references)
-                islands, kept = half.islands, half.kept
-            quantizer = _quantizer(found)(exported, ranges, target, found.engine, found.can_run, kept)
+        if target.quantized:
             cases = list(zip(inputs, references, strict=True))
-            made = quantize_graph(name, quantizer, target, cases, whole.judge(name), samples, Path(folder))
-            source, quantization = made.source, made.entry
-            notes += made.notes
-            if whole.several:
-                whole.use(name, quantizer.open(made.back, Path(folder))[0])
-            parities = [] if found.can_run else [made.parity]
-        others = _other_inputs(graph, target, inputs[0]) if found.can_run else []
+            kept = store.half(name, graph, inputs, references) if target.rest == "fp16" else None
+            typed = _quantized(name, exported, target, found, kept, cases, ranges, whole, Path(folder))
+        elif kind is not None:
+            half = store.half(name, graph, inputs, references, kind)
+            typed = _Typed(Source(name, exported, half.graph, half.kept), half.islands, (half.parity,))
+        else:
+            typed = _Typed(Source(name, exported, exported))
+        source = typed.source
         if found.can_run:
             tuned = resized(inputs[0], graph.dynamic, {"batch": target.batch.opt})
             source = replace(source, records=[tuned, *(given for _, given in others)])
         built = _builder(found.engine)(source, target, directory)
-    not_run = ""
+    parities, islands, not_run = list(typed.parities), typed.islands, ""
     if found.can_run:
         try:
-            told = _with_properties(target, built.properties)
-            engine, judge, tolerance = _open(built, told, directory)
-            with contextlib.closing(engine):
-                parities.append(_engine_parity(name, engine, judge, tolerance, exported, inputs, references))
-                if parities[-1].relative <= tolerance:
-                    check_other_sizes(name, engine, judge, exported.path, others, tolerance)
+            parities.append(_tried(name, built, target, directory, exported, inputs, references, others))
         except TargetError as error:
             if target.device == "cpu":
                 raise
@@ -235,16 +230,65 @@ def _export_graph(
     for parity in parities:
         if not parity.relative <= parity.tolerance:
             start = store.drift(exported, source.typed, inputs, kind) if kind is not None else ""
-            where = f"; the drift starts at {start}" if start else ""
-            raise ArtifactError(
-                f"graph {name!r}: output {parity.output!r} drifts by {parity.relative:.1e} of its scale on "
-                f"{target.name} (allowed: {parity.tolerance:.0e}, judged by {parity.judged_by}){where}"
-            )
-    typed = source.typed
-    entry = _entry(built, target, directory, typed.inputs, typed.outputs, typed.opset, tuple(parities), islands)
-    entry = entry.model_copy(update={"quantization": quantization})
-    said = (*notes, *_route_notes(name, exported), *_notes(target, built))
+            raise ArtifactError(_drifted(name, parity, target, start))
+    entry = _entry(built, target, directory, source.typed, tuple(parities), islands, typed.quantization)
+    said = (*typed.notes, *_route_notes(name, exported), *_notes(target, built))
     return _Exported(entry, built.engine, said, not_run, built.properties)
+
+
+def _quantized(
+    name: str,
+    exported: OnnxGraph,
+    target: Target,
+    found: Availability,
+    half: StoredHalf | None,
+    cases: Sequence[Case],
+    ranges: list[Mapping[str, Array]],
+    whole: _Whole,
+    folder: Path,
+) -> _Typed:
+    """The graph in eight bits; ``half`` says what stays in float32 where the rest is in halves."""
+    samples, notes = check_records(name, ranges)
+    kept = half.kept if half is not None else {}
+    quantizer = _quantizer(found)(exported, ranges, target, found.engine, found.can_run, kept)
+    made = quantize_graph(name, quantizer, target, cases, whole.judge(name), samples, folder)
+    if whole.several:
+        whole.use(name, quantizer.open(made.back, folder)[0])
+    islands = half.islands if half is not None else ()
+    parities = () if found.can_run else (made.parity,)
+    return _Typed(made.source, islands, parities, (*notes, *made.notes), made.entry)
+
+
+def _tried(
+    name: str,
+    built: Built,
+    target: Target,
+    directory: Path,
+    plain: OnnxGraph,
+    inputs: list[Mapping[str, Array]],
+    references: list[dict[str, Array]],
+    others: Sequence[Sized],
+) -> Parity:
+    """Run the built engine: its parity, and that it holds at other sizes of free axes.
+
+    Raises:
+        TargetError: It does not run here.
+        ArtifactError: It does not hold at another size.
+    """
+    engine, judge, tolerance = _open(built, _with_properties(target, built.properties), directory)
+    with contextlib.closing(engine):
+        parity = _engine_parity(name, engine, judge, tolerance, plain, inputs, references)
+        if parity.relative <= tolerance:
+            check_other_sizes(name, engine, judge, plain.path, others, tolerance)
+    return parity
+
+
+def _drifted(name: str, parity: Parity, target: Target, start: str) -> str:
+    where = f"; the drift starts at {start}" if start else ""
+    return (
+        f"graph {name!r}: output {parity.output!r} drifts by {parity.relative:.1e} of its scale on {target.name} "
+        f"(allowed: {parity.tolerance:.0e}, judged by {parity.judged_by}){where}"
+    )
 
 
 def _open(built: Built, target: Target, directory: Path) -> tuple[Runtime, str, float]:
@@ -275,9 +319,7 @@ def _engine_parity(
         raise ArtifactError(f"graph {name!r} on {judge}: {error}") from error
 
 
-def _other_inputs(
-    graph: Graph, target: Target, record: Mapping[str, Array]
-) -> list[tuple[dict[str, int], dict[str, Array]]]:
+def _other_inputs(graph: Graph, target: Target, record: Mapping[str, Array]) -> list[Sized]:
     """Sizes of free axes that the target allows and no record has, with inputs of them; of few samples, to be quick."""
     batch = target.batch
     limits = {"batch": (batch.min, batch.max), **{axis: (low, high) for axis, (low, _, high) in target.axes.items()}}
@@ -289,11 +331,10 @@ def _entry(
     built: Built,
     target: Target,
     directory: Path,
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    opset: int,
+    typed: OnnxGraph,
     parities: tuple[Parity, ...],
     islands: tuple[Island, ...],
+    quantization: Quantization | None,
 ) -> GraphEntry:
     path = built.path(directory)
     data = directory / built.data_file if built.data_file is not None else None
@@ -304,11 +345,12 @@ def _entry(
         data_file=built.data_file,
         data_sha256=hash_file(data) if data is not None else None,
         precision=target.precision,
-        inputs=inputs,
-        outputs=outputs,
-        opset=opset,
+        inputs=typed.inputs,
+        outputs=typed.outputs,
+        opset=typed.opset,
         parity=parities,
         fp32_islands=islands,
+        quantization=quantization,
     )
 
 

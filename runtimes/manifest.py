@@ -113,9 +113,9 @@ class FloatOperators(_Entry):
     count: int
     """Number of them."""
     reason: Literal["accuracy", "excluded", "activations", "bias", "kernel", "between"]
-    """accuracy: they cost too much of it; excluded: the target's ``calibration.exclude`` names them; activations: a product of two activations; bias: a bias that is computed;
-    kernel: the engine has no 8-bit kernel for it, or did not use it here; between: no product, and not between two of
-    them."""
+    """accuracy: they cost too much of it; excluded: the target's ``calibration.exclude`` names them; activations: a
+    product of two activations; bias: a bias that is computed; kernel: the engine has no 8-bit kernel for it, or did not
+    use it here; between: no product, and not between two of them."""
     layers: tuple[str, ...] = ()
     """Where they are, for those that went back for their accuracy or were excluded."""
 
