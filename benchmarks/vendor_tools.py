@@ -1,18 +1,20 @@
-"""Our latencies beside the vendors' own tools, on the same files: python benchmarks/vendor_tools.py [--rounds 16]
+"""Our latencies beside the vendors' own tools, on the same files: python benchmarks/vendor_tools.py [--rounds 14]
 
-Two artifacts (a small timm ResNet and the digits transformer's denoiser), each as ONNX, as OpenVINO and, beside an
-NVIDIA GPU, as an engine of TensorRT and TensorRT-RTX. In every round our profiler and the vendor's tool measure the
-same file in turn, with one thread, one stream and the same batch:
+Three models (timm's ResNet-50 and a small ResNet on 64x64 pictures, the digits transformer's denoiser), each as ONNX,
+as OpenVINO and, beside an NVIDIA GPU, as an engine of TensorRT and TensorRT-RTX. In every round our profiler and the
+vendor's tool measure the same file in turn, with one thread, one stream and the same batch:
 
 - ONNX files: a bare loop over `onnxruntime.InferenceSession.run`, which keeps its own clock;
 - OpenVINO files: OpenVINO's `benchmark_app` (``-hint none -nstreams 1 -nthreads 1 -api sync``), as a process of its
-  own, without the start of the process and its loading;
+  own, without the start of the process and its loading; both compile the model for the batch (``-shape`` there,
+  `options.static_shapes` here);
 - engines: NVIDIA's `trtexec` and `tensorrt_rtx` (``--infStreams=1``, with the copies to the device and back), where
   they are on the PATH. What is left out is said with its reason.
 
 The agreement is the median over the rounds of (our p50 / theirs), with its 10th and 90th percentile; the aim is within
-5 %. A spread above 15 % is called noisy; beside it stands the ratio of the quietest rounds, the smallest p50 of each,
-which neighbours on a shared machine disturb least.
+5 %. What Python adds to a call is in ours and not in theirs, 0.03 to 0.07 ms here: it shows in models that take one or
+two milliseconds. A spread above 15 % is called noisy; beside it stands the ratio of the quietest rounds, the smallest
+p50 of each, which neighbours on a shared machine disturb least.
 
 Prints a line an artifact; results go to ``benchmarks/results/vendor_tools.json``.
 """
@@ -42,12 +44,15 @@ from compressor.runtimes.load import open_graph
 from compressor.runtimes.runtime import Array
 
 RESULTS = Path(__file__).parent / "results" / "vendor_tools.json"
-RESNET = "timm:resnet18?layers=[1,1,1,1],num_classes=10"
+CLASSIFIERS = {
+    "resnet50": "timm:resnet50?num_classes=10",
+    "small-resnet": "timm:resnet18?layers=[1,1,1,1],num_classes=10",
+}
 TYPES = {"float32": "f32", "float16": "f16", "int64": "i64", "int32": "i32", "bool": "bool"}
 AIM = 0.05
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "onnxruntime": {"threads": 1},
-    "openvino": {"threads": 1, "inference_precision": "f32", "properties": {"NUM_STREAMS": 1}},
+    "openvino": {"threads": 1, "inference_precision": "f32", "static_shapes": 1, "properties": {"NUM_STREAMS": 1}},
     "tensorrt": {"device": "cuda"},
     "tensorrt-rtx": {"device": "cuda"},
 }
@@ -63,7 +68,7 @@ class File(NamedTuple):
 
 
 def make_artifacts(folder: Path, targets: Sequence[str], only: str = "") -> dict[str, File]:
-    """Export both models for every target; the graph files by name, those alone whose name holds ``only``."""
+    """Export all models for every target; the graph files by name, those alone whose name holds ``only``."""
     import torch
 
     from compressor.exporters.export import export
@@ -75,7 +80,10 @@ def make_artifacts(folder: Path, targets: Sequence[str], only: str = "") -> dict
 
     torch.manual_seed(0)
     models = {
-        "resnet": Classification({"train": "scenes:64?channels=3"}, {}).deployable(load_model_spec(RESNET)),
+        **{
+            name: Classification({"train": "scenes:64?channels=3"}, {}).deployable(load_model_spec(spec))
+            for name, spec in CLASSIFIERS.items()
+        },
         "denoiser": ImageGeneration({"train": "digits"}, {}).deployable(DigitsMMDiT().build()),
     }
     files = {}
@@ -146,7 +154,7 @@ def benchmark_app(path: Path, inputs: Mapping[str, Array], seconds: float) -> Me
     command = [
         str(program), "-m", str(path), "-d", "CPU", "-hint", "none", "-nstreams", "1", "-nthreads", "1", "-api", "sync",
         "-infer_precision", "f32", "-inference_only", "false", "-t", str(max(1, round(seconds))),
-        "-data_shape", ",".join(shapes), "-i", ",".join(given),
+        "-shape", ",".join(shapes), "-i", ",".join(given),
         "-iop", ",".join(types),
     ]  # fmt: skip
     return lambda: median_of(command, r"Median:\s+([\d.]+) ms")
@@ -180,14 +188,14 @@ NAMES = {"onnxruntime": "onnxruntime_loop", "openvino": "benchmark_app", **NVIDI
 
 
 def median_of(command: list[str], pattern: str) -> float:
-    """Run a vendor's tool and find its median in what it prints.
+    """Run a vendor's tool and find its median in what it prints; how it ends after that does not matter.
 
     Raises:
-        CompressorError: It failed, or printed no median.
+        CompressorError: It printed no median.
     """
     done = subprocess.run(command, capture_output=True, text=True)
     found = re.search(pattern, done.stdout)
-    if done.returncode != 0 or found is None:
+    if found is None:
         last = (done.stdout + done.stderr).strip().splitlines()[-1:] or ["no output"]
         raise CompressorError(f"{Path(command[0]).name} gave no median: {last[0]}")
     return float(found[1])
@@ -223,10 +231,10 @@ def compare(file: File, batch: int, rounds: int, seconds: float) -> dict[str, An
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Measure all artifacts, print and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=14)
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--only", default="", help="artifacts whose name holds this, e.g. resnet")
+    parser.add_argument("--only", default="", help="artifacts whose name holds this")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     found: dict[str, Any] = {}

@@ -207,6 +207,21 @@ def test_every_command_of_the_command_line_stands_in_a_document() -> None:
         assert any(f"compress {command.name}" in line for line in lines), command.name
 
 
+def test_benchmarks_page_lists_every_benchmark_and_its_options_exist() -> None:
+    programs = {path.name: path.read_text() for path in (ROOT / "benchmarks").glob("*.py")}
+    started = {name for name, text in programs.items() if "__main__" in text}
+    listed = [row[0].strip("`").split() for row in of("benchmarks.md").table("command")]
+    assert {Path(words[1]).name for words in listed} == started | {"NAME.py"}
+    for words in listed:
+        text = programs.get(Path(words[1]).name, "")
+        assert all(f'"{option}"' in text for option in words[2:] if option.startswith("--")), words
+
+
+def test_results_of_benchmarks_are_all_linked_from_a_document() -> None:
+    linked = {Path(link).name for document in documents() for link in document.links}
+    assert {path.name for path in (ROOT / "benchmarks" / "results").glob("*.json")} <= linked
+
+
 def test_licence_is_whole() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert (

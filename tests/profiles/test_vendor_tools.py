@@ -31,10 +31,10 @@ def test_both_engines_are_measured_by_us_and_by_their_own_tools(tools: ModuleTyp
     if not Path(sys.executable).with_name("benchmark_app").is_file():
         pytest.skip("openvino's benchmark_app is not installed")
     out = tmp_path / "results.json"
-    result = tools.main(["--rounds", "2", "--seconds", "0.1", "--only", "resnet", "--out", str(out)])
+    result = tools.main(["--rounds", "2", "--seconds", "0.1", "--only", "small-resnet", "--out", str(out)])
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     assert {name: one["tool"] for name, one in result["artifacts"].items()} == {
-        "resnet ort-fp32": "onnxruntime_loop", "resnet openvino-fp32": "benchmark_app",
+        "small-resnet ort-fp32": "onnxruntime_loop", "small-resnet openvino-fp32": "benchmark_app",
     }  # fmt: skip
     for one in result["artifacts"].values():
         assert len(one["ours_ms"]) == len(one["theirs_ms"]) == 2

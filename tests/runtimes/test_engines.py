@@ -68,6 +68,17 @@ def test_read_only_input_is_taken_and_stays_as_it_was(files, engine):
     assert np.array_equal(run({"x": x, "t": 2})["y"], [[0, 2, 4]]) and np.array_equal(x, [[0, 1, 2]])
 
 
+def test_openvino_compiles_as_many_shapes_of_their_own_as_it_may(files):
+    run = open_graph(files["openvino"], "openvino", {"threads": 1, "static_shapes": 2})
+    for batch in (1, 4, 1, 7):
+        x = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3)
+        assert np.array_equal(run({"x": x, "t": 2})["y"], 2 * x)
+    shapes = [[list(port.shape) for port in one.model_inputs] for one in run._specialised.values()]
+    assert shapes == [[[1, 3], []], [[4, 3], []]]
+    assert run.inputs[0] == TensorSpec("x", ("batch", 3), "float32")
+    run.close()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     ("inputs", "said"),
