@@ -25,8 +25,9 @@ class OpenVino:
     Args:
         path: The .xml file; its .bin lies beside it. An ONNX file works too.
         options: ``device`` ("cpu", "gpu", "npu", "auto"), ``threads`` (0: the engine's choice), ``inference_precision``
-            ("f32", "f16", "bf16" or "" for the device's default), ``properties`` (as they are), ``static_shapes`` (so
-            many shapes of the inputs get a compiled model of their own, when they first come).
+            ("f32", "f16", "bf16" or "" for the device's default; a device without half arithmetic computes "f16" in
+            float32), ``properties`` (as they are), ``static_shapes`` (so many shapes of the inputs get a compiled model
+            of their own, when they first come).
 
     Raises:
         TargetError: OpenVINO is missing, has no such device, or cannot load the file.
@@ -42,11 +43,11 @@ class OpenVino:
         properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
         if options.get("threads"):
             properties["INFERENCE_NUM_THREADS"] = int(options["threads"])
-        if options.get("inference_precision"):
-            properties["INFERENCE_PRECISION_HINT"] = str(options["inference_precision"])
-        properties.update(options.get("properties") or {})
         try:
             core = openvino.Core()
+            if options.get("inference_precision"):
+                properties["INFERENCE_PRECISION_HINT"] = _precision(core, device, str(options["inference_precision"]))
+            properties.update(options.get("properties") or {})
             model = core.read_model(str(path))
             self._model = core.compile_model(model, device, properties)
             self._request = self._model.create_infer_request()
@@ -96,6 +97,16 @@ class OpenVino:
         """Free the model; it cannot be called afterwards."""
         self._request = self._model = self._read = None
         self._specialised.clear()
+
+
+def _precision(core: Any, device: str, asked: str) -> str:
+    """The precision to ask a device for. OpenVINO's CPU would compute halves in bfloat16, which has fewer digits."""
+    if asked != "f16":
+        return asked
+    try:
+        return asked if "FP16" in core.get_property(device, "OPTIMIZATION_CAPABILITIES") else "f32"
+    except RuntimeError:  # a device that does not tell
+        return asked
 
 
 def _writable(array: Array) -> Array:

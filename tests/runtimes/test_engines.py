@@ -68,6 +68,13 @@ def test_read_only_input_is_taken_and_stays_as_it_was(files, engine):
     assert np.array_equal(run({"x": x, "t": 2})["y"], [[0, 2, 4]]) and np.array_equal(x, [[0, 1, 2]])
 
 
+def test_openvino_never_computes_halves_in_bfloat16_unless_told_to(files):
+    halves = open_graph(files["openvino"], "openvino", {"inference_precision": "f16"})
+    assert halves.inference_precision in ("float16", "float32")
+    told = {"inference_precision": "f16", "properties": {"INFERENCE_PRECISION_HINT": "f32"}}
+    assert open_graph(files["openvino"], "openvino", told).inference_precision == "float32"
+
+
 def test_openvino_compiles_as_many_shapes_of_their_own_as_it_may(files):
     run = open_graph(files["openvino"], "openvino", {"threads": 1, "static_shapes": 2})
     for batch in (1, 4, 1, 7):
