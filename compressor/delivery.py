@@ -119,7 +119,7 @@ def _measure(work: Work, made: Made) -> None:
     names = [*(one for label in labels for one in _artifacts(work, f"{label}/")), *_artifacts(work, "")]
     for name in names:
         _measure_engine(work, name)
-    _benchmark(work, names, next(iter(made.deployables.values())), "benchmark")
+    _benchmark(work, names, "benchmark")
 
 
 def measure_variant(work: Work, made: Made) -> None:
@@ -131,7 +131,7 @@ def measure_variant(work: Work, made: Made) -> None:
     names = [name for label in labels for name in _artifacts(work, label)]
     for name in names:
         _measure_engine(work, name)
-    _benchmark(work, names, deployable, f"benchmark {made.label}".strip() if made.label else "benchmark added")
+    _benchmark(work, names, f"benchmark {made.label}" if made.label else "benchmark added")
 
 
 def _artifacts(work: Work, prefix: str) -> list[str]:
@@ -250,9 +250,8 @@ def _measure_engine(work: Work, name: str) -> None:
         work.log.event("evaluate", f"{name}: {_figures(task, stage.facts['metrics'])}", **stage.facts["metrics"])
 
 
-def _benchmark(work: Work, names: Sequence[str], deployable: Deployable, stage_name: str) -> None:
+def _benchmark(work: Work, names: Sequence[str], stage_name: str) -> None:
     """Latency of all engines that run here, in interleaved rounds."""
-    from compressor.exporters.record import record_inputs
     from compressor.measurement import measure_latency
 
     marks = [work.folder.stages[f"export {name}"]["fingerprint"] for name in names]
@@ -264,11 +263,8 @@ def _benchmark(work: Work, names: Sequence[str], deployable: Deployable, stage_n
         engines = {name: engine for name, engine in opened.items() if not isinstance(engine, str)}
         if not engines:
             return
-        records = record_inputs(deployable, [work.task.request(1)], limit=1)
         work.log.event("benchmark", f"timing {len(engines)} engines side by side")
-        measured = measure_latency(
-            engines, work.task, {name: values[0] for name, values in records.items()}, work.recipe.benchmark
-        )
+        measured = measure_latency(engines, work.task, work.recipe.benchmark)
         for engine in engines.values():
             engine.close()
         stage.facts |= {name: _json_latency(value) for name, value in measured.items()}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from compressor.deployable import Deployable
+from compressor.deployable import Deployable, DriverSpec
 from compressor.errors import TargetError
 from compressor.evaluate import evaluate
 from compressor.models.model import Model
@@ -68,17 +68,37 @@ def block_parameters(model: Model) -> int | None:
     return sum(p.numel() for block in block_stack(model.module).blocks for p in block.parameters())
 
 
-class Candidate(Protocol):
-    """What can be timed: graphs one by one, and the driver around them."""
+class Candidate:
+    """What can be timed: graphs one by one, and the driver around them.
 
-    target: Mapping[str, Any]
-    graphs: Mapping[str, Run]
-    driver: Driver
+    Attributes:
+        target: What it was built for, resolved.
+        graphs: By name.
+        driver: The loop around them.
+    """
 
-    def close(self) -> None: ...
+    def __init__(
+        self,
+        target: Mapping[str, Any],
+        graphs: Mapping[str, Run],
+        driver: DriverSpec,
+        assets: Mapping[str, Array | str],
+    ) -> None:
+        self.target, self.graphs, self._spec, self._assets = target, graphs, driver, assets
+        self.driver: Driver = driver_class(driver.name)(graphs, driver.settings, assets)
+
+    def graph_inputs(self, request: Mapping[str, Array]) -> dict[str, dict[str, Array]]:
+        """By graph, what one of its calls gets while the driver answers a request."""
+        from compressor.exporters.record import record_calls
+
+        records = record_calls(self.graphs, self._spec, self._assets, [request], limit=1)
+        return {name: calls[0] for name, calls in records.items() if calls}
+
+    def close(self) -> None:
+        """Free what it holds."""
 
 
-class LoadedEngine:
+class LoadedEngine(Candidate):
     """An artifact, loaded.
 
     Args:
@@ -90,11 +110,9 @@ class LoadedEngine:
 
     def __init__(self, directory: Path) -> None:
         manifest = read_manifest(directory)
-        self.target: Mapping[str, Any] = manifest.target
         self._loaded = load_graphs(directory, manifest, _threads(manifest.target))
-        self.graphs: Mapping[str, Run] = self._loaded
-        assets: Mapping[str, Array | str] = read_assets(directory, manifest)
-        self.driver: Driver = driver_class(manifest.driver.name)(self.graphs, manifest.driver.settings, assets)
+        driver = DriverSpec(manifest.driver.name, manifest.driver.settings)
+        super().__init__(manifest.target, self._loaded, driver, read_assets(directory, manifest))
 
     def close(self) -> None:
         """Free the graphs."""
@@ -108,7 +126,7 @@ def _threads(target: Mapping[str, Any]) -> dict[str, int]:
     return {} if own or target.get("device", "cpu") != "cpu" else {"threads": usable_threads()}
 
 
-class TorchEngine:
+class TorchEngine(Candidate):
     """A model as PyTorch itself runs it: what targets without an artifact measure.
 
     Args:
@@ -120,26 +138,19 @@ class TorchEngine:
     """
 
     def __init__(self, deployable: Deployable, target: Mapping[str, Any]) -> None:
-        self.target = target
-        self.graphs = {name: torch_run(graph, target) for name, graph in deployable.graphs.items()}
-        self.driver = driver_class(deployable.driver.name)(self.graphs, deployable.driver.settings, deployable.assets)
-
-    def close(self) -> None:
-        """Nothing to free."""
+        graphs = {name: torch_run(graph, target) for name, graph in deployable.graphs.items()}
+        super().__init__(target, graphs, deployable.driver, deployable.assets)
 
 
-def measure_latency(
-    engines: Mapping[str, Candidate],
-    task: Task,
-    inputs: Mapping[str, Mapping[str, Array]],
-    settings: Benchmark,
-) -> dict[str, Any]:
+def measure_latency(engines: Mapping[str, Candidate], task: Task, settings: Benchmark) -> dict[str, Any]:
     """Time all engines side by side, graph by graph and request by request.
+
+    A graph is called with what its own driver gives it for one request, repeated to the batch size: a teacher's graph
+    may take other inputs than the student's of the same name.
 
     Args:
         engines: By name.
         task: Gives the driver's inputs.
-        inputs: Inputs of each graph, of one sample, by graph name; repeated to the batch size.
         settings: Batch sizes, time and rounds.
 
     Returns:
@@ -150,24 +161,24 @@ def measure_latency(
     before = torch.get_num_threads()
     torch.set_num_threads(usable_threads())
     try:
-        return _measure(engines, task, inputs, settings)
+        return _measure(engines, task, settings)
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(
-    engines: Mapping[str, Candidate],
-    task: Task,
-    inputs: Mapping[str, Mapping[str, Array]],
-    settings: Benchmark,
-) -> dict[str, Any]:
+def _measure(engines: Mapping[str, Candidate], task: Task, settings: Benchmark) -> dict[str, Any]:
     results: dict[str, Any] = {name: {"latency": {}, "end_to_end": {}} for name in engines}
+    single = task.request(1)
+    inputs = {name: engine.graph_inputs(single) for name, engine in engines.items()}
     wanted = {name: _batches(engine.target, settings) for name, engine in engines.items()}
     for batch in sorted({batch for sizes in wanted.values() for batch in sizes}):
         able = {name: engine for name, engine in engines.items() if batch in wanted[name]}
-        for graph in sorted({graph for engine in able.values() for graph in engine.graphs if graph in inputs}):
-            batched = {key: value.repeat(batch, axis=0) for key, value in inputs[graph].items()}
-            calls = {n: _graph_call(e, graph, batched) for n, e in able.items() if graph in e.graphs}
+        for graph in sorted({graph for name in able for graph in inputs[name]}):
+            calls = {
+                name: _graph_call(engine.graphs[graph], inputs[name][graph], batch)
+                for name, engine in able.items()
+                if graph in inputs[name]
+            }
             measured = measure_interleaved(calls, rounds=settings.rounds, budget_seconds=settings.seconds)
             for name, latency in measured.items():
                 results[name]["latency"].setdefault(graph, {})[str(batch)] = latency
@@ -187,9 +198,9 @@ def _batches(target: Mapping[str, Any], settings: Benchmark) -> list[int]:
     return [batch for batch in settings.batches if limits["min"] <= batch <= limits["max"]]
 
 
-def _graph_call(engine: Candidate, graph: str, inputs: Mapping[str, Array]) -> Callable[[], object]:
-    run = engine.graphs[graph]
-    return lambda: run(inputs)
+def _graph_call(run: Run, inputs: Mapping[str, Array], batch: int) -> Callable[[], object]:
+    batched = {name: value.repeat(batch, axis=0) for name, value in inputs.items()}
+    return lambda: run(batched)
 
 
 def _request_call(driver: Driver, request: Mapping[str, Array]) -> Callable[[], object]:

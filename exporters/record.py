@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from compressor.deployable import Deployable
+from compressor.deployable import Deployable, DriverSpec
 from compressor.evaluate import TorchRun
 from compressor.runtimes.load import driver_class
 from compressor.runtimes.runtime import Array, Run
 
-__all__ = ["Records", "record_inputs"]
+__all__ = ["Records", "record_calls", "record_inputs"]
 
 Records = dict[str, list[dict[str, Array]]]
 """Recorded inputs by graph."""
@@ -32,18 +32,31 @@ def record_inputs(
         By graph, its recorded inputs in the order of the calls. Every sampler step is a call of the denoiser, so all
         noise levels are among them.
     """
-    recorders: dict[str, _Recorder] = {}
-    modes = {}
+    graphs, modes = {}, {}
     for name, graph in deployable.graphs.items():
         modes.update({part: part.training for part in graph.module.modules()})
-        recorders[name] = _Recorder(TorchRun(graph.module, graph.outputs), tuple(graph.inputs), limit)
-    driver = driver_class(deployable.driver.name)(dict(recorders), deployable.driver.settings, deployable.assets)
+        graphs[name] = TorchRun(graph.module, graph.outputs)
     try:
-        for number, inputs in enumerate(calls):
-            driver(inputs, seed=seed + number)
+        return record_calls(graphs, deployable.driver, deployable.assets, calls, limit=limit, seed=seed)
     finally:
         for part, mode in modes.items():
             part.training = mode
+
+
+def record_calls(
+    graphs: Mapping[str, Run],
+    driver: DriverSpec,
+    assets: Mapping[str, Array | str],
+    calls: Iterable[Mapping[str, Array]],
+    *,
+    limit: int = 16,
+    seed: int = 0,
+) -> Records:
+    """The same for graphs of any engine: by graph, what the driver around them gives it; see `record_inputs`."""
+    recorders = {name: _Recorder(run, limit) for name, run in graphs.items()}
+    around = driver_class(driver.name)(dict(recorders), driver.settings, assets)
+    for number, inputs in enumerate(calls):
+        around(inputs, seed=seed + number)
     return {name: recorder.chosen() for name, recorder in recorders.items()}
 
 
@@ -53,14 +66,14 @@ class _Recorder:
     Guidance calls a graph twice a step, so an even k would see one kind of call alone.
     """
 
-    def __init__(self, run: Run, names: tuple[str, ...], limit: int) -> None:
-        self.run, self.names, self.limit = run, names, limit
+    def __init__(self, run: Run, limit: int) -> None:
+        self.run, self.limit = run, limit
         self.stride, self.count = 1, 0
         self.kept: list[dict[str, Array]] = []
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         if self.count % self.stride == 0:
-            self.kept.append({name: np.array(inputs[name]) for name in self.names})
+            self.kept.append({name: np.array(value) for name, value in inputs.items()})
             if len(self.kept) > 4 * self.limit:
                 self.kept, self.stride = self.kept[::3], 3 * self.stride
         self.count += 1

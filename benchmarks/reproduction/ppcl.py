@@ -245,19 +245,15 @@ def experiment(seed: int, task: ImageGeneration, log: Log) -> dict[str, Any]:
 def latency(bench: Bench, student: Model, task: ImageGeneration) -> dict[str, float]:
     """p50 of one denoiser call of the exported teacher and student, side by side on ONNX Runtime, batch 1."""
     from compressor.exporters.export import export
-    from compressor.exporters.record import record_inputs
     from compressor.measurement import LoadedEngine
     from compressor.profiles.target import load_target
 
     with tempfile.TemporaryDirectory() as folder:
-        engines, inputs = {}, {}
+        engines = {}
         for name, model in {"teacher": bench.teacher.model, "student": student}.items():
-            deployable = task.deployable(model)
-            export(deployable, load_target("ort-fp32"), Path(folder) / name)
+            export(task.deployable(model), load_target("ort-fp32"), Path(folder) / name)
             engines[name] = LoadedEngine(Path(folder) / name)
-            inputs = record_inputs(deployable, [task.request(1)], limit=1)
-        first = {graph: values[0] for graph, values in inputs.items()}
-        measured = measure_latency(engines, task, first, Benchmark(batches=[1], seconds=4))
+        measured = measure_latency(engines, task, Benchmark(batches=[1], seconds=4))
         return {name: measured[name]["latency"]["denoiser"]["1"].p50 for name in engines}
 
 
