@@ -310,7 +310,8 @@ def _engine_parity(
     references: list[dict[str, Array]],
 ) -> Parity:
     scores = possible_scores(plain.path)
-    pairs = zip(references, inputs, strict=True)
+    # The first again: nothing of an earlier call may be left, and OpenVINO has compiled its shape by then.
+    pairs = [*zip(references, inputs, strict=True), (references[0], inputs[0])]
     try:
         return worst(
             [compare_sorted(reference, engine(record), tolerance, judge, scores) for reference, record in pairs]

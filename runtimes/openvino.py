@@ -17,6 +17,15 @@ __all__ = ["OpenVino"]
 
 _IR_VERSION = 11
 """The newest version of the file format that is known here."""
+_STATIC_SHAPES = 4
+"""Shapes with a compiled model of their own, where the options leave it open."""
+_STATIC_LIMIT = 64 * 2**20
+"""Bytes of weights above which there are none then: the gain is in the small operators, the cost in the weights."""
+_COUNTED = 64
+"""Shapes whose calls are counted."""
+
+_Shapes = tuple[tuple[int, ...], ...]
+"""Shapes of all inputs."""
 
 
 class OpenVino:
@@ -27,7 +36,7 @@ class OpenVino:
         options: ``device`` ("cpu", "gpu", "npu", "auto"), ``threads`` (0: the engine's choice), ``inference_precision``
             ("f32", "f16", "bf16" or "" for the device's default; a device without half arithmetic computes "f16" in
             float32), ``properties`` (as they are), ``static_shapes`` (so many shapes of the inputs get a compiled model
-            of their own, when they first come).
+            of their own, when they come for the second time; None is 4 below 64 MB of weights, else 0).
 
     Raises:
         TargetError: OpenVINO is missing, has no such device, or cannot load the file.
@@ -50,42 +59,46 @@ class OpenVino:
             properties.update(options.get("properties") or {})
             model = core.read_model(str(path))
             self._model = core.compile_model(model, device, properties)
-            self._request = self._model.create_infer_request()
-            self._tensor = openvino.Tensor
-            self._compile = lambda model: core.compile_model(model, device, properties).create_infer_request()
+            self._any = _Request(self._model)
+            self._compile = lambda model: core.compile_model(model, device, properties)
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
             reason = _too_new(Path(path), openvino.__version__) or _reason(error)
             raise TargetError(f"OpenVINO cannot load {path} on {device}: {reason}") from error
         # names are the file's: compiling may merge an output with the tensor that it is a copy of
         self.inputs = _specs(model.inputs, self._model.inputs)
         self.outputs = _specs(model.outputs, self._model.outputs)
-        self._read, self._static = model, int(options.get("static_shapes") or 0) if model.is_dynamic() else 0
-        self._specialised: dict[tuple[tuple[int, ...], ...], Any] = {}
+        self._read, self._static = model, 0
+        if model.is_dynamic():
+            wanted = options.get("static_shapes")
+            self._static = _static_shapes(Path(path)) if wanted is None else int(wanted)
+        self._calls: dict[_Shapes, int] = {}
+        self._specialised: dict[_Shapes, _Request] = {}
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         ready = check_inputs(self.inputs, inputs)
+        arrays = [ready[spec.name] for spec in self.inputs]
         try:
-            # A tenth of a millisecond faster than `infer(inputs)`, which looks all names and types up again.
-            request = self._request_for(tuple(ready[spec.name].shape for spec in self.inputs))
-            for number, spec in enumerate(self.inputs):
-                request.set_input_tensor(number, self._tensor(_writable(ready[spec.name]), shared_memory=True))
-            request.infer()
-            results = [request.get_output_tensor(number).data for number in range(len(self.outputs))]
+            results = self._request_for(tuple([array.shape for array in arrays]))(arrays)
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
             raise TargetError(f"OpenVINO failed: {_reason(error)}") from error
-        # views of the request's memory, which its next call overwrites
-        return {spec.name: np.array(result) for spec, result in zip(self.outputs, results, strict=True)}
+        return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
 
-    def _request_for(self, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    def _request_for(self, shapes: _Shapes) -> _Request:
         """The request of the model that is compiled for these shapes, or of the one for any."""
-        if shapes not in self._specialised and len(self._specialised) < self._static:
-            try:
-                model = self._read.clone()
-                model.reshape({number: list(shape) for number, shape in enumerate(shapes)})
-                self._specialised[shapes] = self._compile(model)
-            except Exception:  # a part of the graph that cannot be given sizes ahead of time
-                self._specialised[shapes] = self._request
-        return self._specialised.get(shapes, self._request)
+        if len(self._specialised) >= self._static or shapes in self._specialised:
+            return self._specialised.get(shapes, self._any)
+        if len(self._calls) > _COUNTED:
+            self._calls.clear()
+        self._calls[shapes] = self._calls.get(shapes, 0) + 1
+        if self._calls[shapes] < 2:  # many sizes come once
+            return self._any
+        try:
+            model = self._read.clone()
+            model.reshape({number: list(shape) for number, shape in enumerate(shapes)})
+            self._specialised[shapes] = _Request(self._compile(model))
+        except Exception:  # a part of the graph that cannot be given sizes ahead of time
+            self._specialised[shapes] = self._any
+        return self._specialised[shapes]
 
     @property
     def inference_precision(self) -> str:
@@ -95,8 +108,46 @@ class OpenVino:
 
     def close(self) -> None:
         """Free the model; it cannot be called afterwards."""
-        self._request = self._model = self._read = None
+        self._any = self._model = self._read = None
         self._specialised.clear()
+
+
+class _Request:
+    """A compiled model, called with arrays in the order of its inputs; gives copies of its outputs in their order.
+
+    `CompiledModel.__call__` would look all names and types up again, a tenth of a millisecond a call.
+    """
+
+    def __init__(self, compiled: Any) -> None:
+        import openvino
+
+        self._request, self._count, self._tensor = (
+            compiled.create_infer_request(),
+            len(compiled.outputs),
+            openvino.Tensor,
+        )
+        # Where no size is free, arrays are copied to tensors that stay: the engine prepares itself anew for other ones.
+        fixed = not any(port.get_partial_shape().is_dynamic for port in (*compiled.inputs, *compiled.outputs))
+        numbers = range(len(compiled.inputs))
+        self._inputs = [self._request.get_input_tensor(number).data for number in numbers] if fixed else None
+        self._outputs = [self._request.get_output_tensor(number).data for number in range(self._count)] if fixed else []
+
+    def __call__(self, arrays: Sequence[Array]) -> list[Array]:
+        if self._inputs is not None:
+            for place, array in zip(self._inputs, arrays, strict=True):
+                np.copyto(place, array)
+            self._request.infer()
+            return [np.array(output) for output in self._outputs]
+        for number, array in enumerate(arrays):
+            self._request.set_input_tensor(number, self._tensor(_writable(array), shared_memory=True))
+        self._request.infer()
+        return [np.array(self._request.get_output_tensor(number).data) for number in range(self._count)]
+
+
+def _static_shapes(path: Path) -> int:
+    """How many shapes get a model of their own where nothing says it: by the size of the weights."""
+    weights = path.with_suffix(".bin") if path.suffix == ".xml" else path
+    return _STATIC_SHAPES if weights.is_file() and weights.stat().st_size <= _STATIC_LIMIT else 0
 
 
 def _precision(core: Any, device: str, asked: str) -> str:

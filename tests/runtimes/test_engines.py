@@ -75,15 +75,34 @@ def test_openvino_never_computes_halves_in_bfloat16_unless_told_to(files):
     assert open_graph(files["openvino"], "openvino", told).inference_precision == "float32"
 
 
+def run_at(run, *batches):
+    """Run at each batch in turn, with other numbers every time, and look at what comes out."""
+    for number, batch in enumerate(batches):
+        x = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3) + number
+        assert np.array_equal(run({"x": x, "t": 2})["y"], 2 * x), batch
+
+
 def test_openvino_compiles_as_many_shapes_of_their_own_as_it_may(files):
     run = open_graph(files["openvino"], "openvino", {"threads": 1, "static_shapes": 2})
-    for batch in (1, 4, 1, 7):
-        x = np.arange(3 * batch, dtype=np.float32).reshape(batch, 3)
-        assert np.array_equal(run({"x": x, "t": 2})["y"], 2 * x)
-    shapes = [[list(port.shape) for port in one.model_inputs] for one in run._specialised.values()]
-    assert shapes == [[[1, 3], []], [[4, 3], []]]
+    run_at(run, 1, 4, 7)
+    assert not run._specialised, "sizes that come once are left alone"
+    run_at(run, 4, 1, 4, 7, 7, 1, 2, 4)
+    assert list(run._specialised) == [((4, 3), ()), ((1, 3), ())]
     assert run.inputs[0] == TensorSpec("x", ("batch", 3), "float32")
     run.close()
+
+
+def test_openvino_left_to_itself_compiles_shapes_of_light_graphs_alone(files, monkeypatch):
+    light = open_graph(files["openvino"], "openvino", {"threads": 1})
+    run_at(light, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 5)
+    assert len(light._specialised) == 4
+    monkeypatch.setattr("compressor.runtimes.openvino._STATIC_LIMIT", -1)
+    heavy = open_graph(files["openvino"], "openvino", {"threads": 1})
+    run_at(heavy, 1, 1, 1, 2)
+    assert not heavy._specialised
+    never = open_graph(files["openvino"], "openvino", {"threads": 1, "static_shapes": 0})
+    run_at(never, 1, 1, 1, 2)
+    assert not never._specialised
 
 
 @pytest.mark.parametrize("engine", ENGINES)
