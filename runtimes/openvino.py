@@ -59,7 +59,7 @@ class OpenVino:
             properties.update(options.get("properties") or {})
             model = core.read_model(str(path))
             self._model = core.compile_model(model, device, properties)
-            self._any = _Request(self._model)
+            self._any: Any = _Request(self._model)
             self._compile = lambda model: core.compile_model(model, device, properties)
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
             reason = _too_new(Path(path), openvino.__version__) or _reason(error)
@@ -86,7 +86,8 @@ class OpenVino:
     def _request_for(self, shapes: _Shapes) -> _Request:
         """The request of the model that is compiled for these shapes, or of the one for any."""
         if len(self._specialised) >= self._static or shapes in self._specialised:
-            return self._specialised.get(shapes, self._any)
+            found: _Request = self._specialised.get(shapes, self._any)
+            return found
         if len(self._calls) > _COUNTED:
             self._calls.clear()
         self._calls[shapes] = self._calls.get(shapes, 0) + 1
@@ -121,11 +122,8 @@ class _Request:
     def __init__(self, compiled: Any) -> None:
         import openvino
 
-        self._request, self._count, self._tensor = (
-            compiled.create_infer_request(),
-            len(compiled.outputs),
-            openvino.Tensor,
-        )
+        self._tensor, self._request = openvino.Tensor, compiled.create_infer_request()
+        self._count = len(compiled.outputs)
         # Where no size is free, arrays are copied to tensors that stay: the engine prepares itself anew for other ones.
         fixed = not any(port.get_partial_shape().is_dynamic for port in (*compiled.inputs, *compiled.outputs))
         numbers = range(len(compiled.inputs))
