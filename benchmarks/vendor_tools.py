@@ -39,7 +39,7 @@ import numpy as np
 from compressor.atomic import write_json
 from compressor.cli.benchmark import Candidate, request
 from compressor.errors import CompressorError
-from compressor.profiles.latency import NOISY_SPREAD, measure_interleaved
+from compressor.profiles.latency import NOISY_SPREAD, WarmUp, measure_interleaved
 from compressor.profiles.machine import describe_machine
 from compressor.runtimes.gpu import nvidia_gpu
 from compressor.runtimes.load import open_graph
@@ -117,9 +117,11 @@ def nvidia_targets() -> tuple[list[str], dict[str, str]]:
 def ours(file: File, inputs: Mapping[str, Array], seconds: float) -> Measure:
     """Our profiler's p50 of a graph file, in milliseconds, each time it is called."""
     graph = open_graph(file.path, file.engine, OPTIONS[file.engine])
+    warmup = WarmUp(max_seconds=seconds)
 
     def measure() -> float:
-        return measure_interleaved({"": lambda: graph(inputs)}, rounds=3, budget_seconds=seconds)[""].p50
+        calls = {"": lambda: graph(inputs)}
+        return measure_interleaved(calls, rounds=3, budget_seconds=seconds, warmup=warmup)[""].p50
 
     return measure
 
