@@ -68,7 +68,7 @@ class OpenVino:
         self.inputs = _specs(model.inputs, self._model.inputs)
         self.outputs = _specs(model.outputs, self._model.outputs)
         self._read, self._static = model, 0
-        if model.is_dynamic():
+        if any(port.get_partial_shape().is_dynamic for port in model.inputs):
             wanted = options.get("static_shapes")
             self._static = _static_shapes(Path(path)) if wanted is None else int(wanted)
         self._calls: dict[_Shapes, int] = {}

@@ -38,7 +38,7 @@ class Options(ImageNetworkOptions):
     """Images that a driver gets at once while it is measured."""
     sizes: Literal["fixed", "free"] = "fixed"
     """"fixed": graphs take the size of the data's images, and the driver runs others in tiles; "free": height and width
-    of the graph are dynamic, and images up to twice the size run whole; TensorRT must be told them (`axes` of a target)."""
+    of the graph are dynamic, and images up to twice the size run whole; a target's `axes` tell TensorRT."""
     overlap: float = Field(0.25, ge=0, lt=1)
     """Least share of a tile that it has in common with the next."""
     window: Literal["hann", "linear", "flat"] = "hann"
