@@ -1,9 +1,9 @@
-"""The demo's cost and its student's worth: python benchmarks/demo.py [--seeds 0 1 2]
+"""The demo's cost and its student's worth: python benchmarks/demo.py [--seeds 0 1 2] [--out FILE]
 
 Runs the default recipe, `compress run --method ppcl --target trt-fp16 --target ort-fp32 --target openvino-fp16`, once a
 seed, from an empty cache the first time (the teacher is trained then), and reads the reports: wall time, peak memory,
 share of block parameters kept, loss of class-conditional accuracy, Fréchet distance, speed of the exported engines
-against the teacher's, parity. Results go to ``benchmarks/results/demo.json``.
+against the teacher's, parity. Results go to ``benchmarks/results/demo.json``, or to ``--out``.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def main() -> None:
     """Run all seeds and record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args().seeds
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="compressor-demo-") as name:
-        runs = [run_once(seed, Path(name)) for seed in seeds]
+        runs = [run_once(seed, Path(name)) for seed in options.seeds]
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
     value = {
         "command": "python benchmarks/demo.py",
@@ -76,7 +77,7 @@ def main() -> None:
         "peak memory of one process (GB)": round(peak, 2),
         "runs": runs,
     }
-    write_json(RESULTS, value)
+    write_json(options.out, value)
     print(json.dumps({key: value[key] for key in ("peak memory of one process (GB)", "runs")}, indent=2))
 
 
