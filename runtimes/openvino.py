@@ -17,10 +17,6 @@ __all__ = ["OpenVino"]
 
 _IR_VERSION = 11
 """The newest version of the file format that is known here."""
-_STATIC_SHAPES = 4
-"""Shapes with a compiled model of their own, where the options leave it open."""
-_STATIC_LIMIT = 64 * 2**20
-"""Bytes of weights above which there are none then: the gain is in the small operators, the cost in the weights."""
 _COUNTED = 64
 """Shapes whose calls are counted."""
 
@@ -36,7 +32,7 @@ class OpenVino:
         options: ``device`` ("cpu", "gpu", "npu", "auto"), ``threads`` (0: the engine's choice), ``inference_precision``
             ("f32", "f16", "bf16" or "" for the device's default; a device without half arithmetic computes "f16" in
             float32), ``properties`` (as they are), ``static_shapes`` (so many shapes of the inputs get a compiled model
-            of their own, when they come for the second time; None is 4 below 64 MB of weights, else 0).
+            of their own, when they come for the second time).
 
     Raises:
         TargetError: OpenVINO is missing, has no such device, or cannot load the file.
@@ -69,8 +65,7 @@ class OpenVino:
         self.outputs = _specs(model.outputs, self._model.outputs)
         self._read, self._static = model, 0
         if any(port.get_partial_shape().is_dynamic for port in model.inputs):
-            wanted = options.get("static_shapes")
-            self._static = _static_shapes(Path(path)) if wanted is None else int(wanted)
+            self._static = int(options.get("static_shapes") or 0)
         self._calls: dict[_Shapes, int] = {}
         self._specialised: dict[_Shapes, _Request] = {}
 
@@ -122,7 +117,8 @@ class _Request:
     def __init__(self, compiled: Any) -> None:
         import openvino
 
-        self._tensor, self._request = openvino.Tensor, compiled.create_infer_request()
+        self._compiled, self._tensor = compiled, openvino.Tensor
+        self._request = compiled.create_infer_request()
         self._count = len(compiled.outputs)
         # Where no size is free, arrays are copied to tensors that stay: the engine prepares itself anew for other ones.
         fixed = not any(port.get_partial_shape().is_dynamic for port in (*compiled.inputs, *compiled.outputs))
@@ -140,12 +136,6 @@ class _Request:
             self._request.set_input_tensor(number, self._tensor(_writable(array), shared_memory=True))
         self._request.infer()
         return [np.array(self._request.get_output_tensor(number).data) for number in range(self._count)]
-
-
-def _static_shapes(path: Path) -> int:
-    """How many shapes get a model of their own where nothing says it: by the size of the weights."""
-    weights = path.with_suffix(".bin") if path.suffix == ".xml" else path
-    return _STATIC_SHAPES if weights.is_file() and weights.stat().st_size <= _STATIC_LIMIT else 0
 
 
 def _precision(core: Any, device: str, asked: str) -> str:
