@@ -119,9 +119,9 @@ class Options(_Section):
     """Precision hint for OpenVINO; empty follows the target's precision. A device without it uses float32."""
     properties: dict[str, str] = Field(default_factory=dict)
     """Further properties for OpenVINO's ``compile_model``, as they are."""
-    static_shapes: int = Field(default=0, ge=0)
+    static_shapes: int | None = Field(default=None, ge=0)
     """OpenVINO: so many input shapes get a compiled model of their own when they come again. It can be several times
-    faster than the one for any shape, and costs that call and memory."""
+    faster than the one for any shape, and costs that call and memory; None is 4 below 64 MB of weights, else 0."""
     optimization_level: int | None = Field(default=None, ge=0, le=5)
     """TensorRT's builder optimisation level; None is its default (3)."""
     workspace_mb: int | None = Field(default=None, ge=1)

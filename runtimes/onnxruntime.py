@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import TargetError, first_line
-from compressor.runtimes.graph_inputs import check_inputs
+from compressor.runtimes.graph_inputs import InputCheck
 from compressor.runtimes.runtime import Array, TensorSpec
 
 __all__ = ["OnnxRuntime"]
@@ -63,15 +63,15 @@ class OnnxRuntime:
             raise TargetError(f"{providers[0][0]} does not start on this machine: check its libraries and the driver")
         self.inputs = tuple(_spec(tensor) for tensor in self._session.get_inputs())
         self.outputs = tuple(_spec(tensor) for tensor in self._session.get_outputs())
+        self._ready, self._names = InputCheck(self.inputs), [spec.name for spec in self.outputs]
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        names = [spec.name for spec in self.outputs]
-        ready = check_inputs(self.inputs, inputs)
+        ready = self._ready(inputs)
         try:
-            values = self._session.run(names, ready)
+            values = self._session.run(self._names, ready)
         except Exception as error:  # the engine's exceptions have no common base
             raise TargetError(f"ONNX Runtime failed: {first_line(error)}") from error
-        return dict(zip(names, values, strict=True))
+        return dict(zip(self._names, values, strict=True))
 
     def close(self) -> None:
         """Free the graph; it cannot be called afterwards."""

@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 
 from compressor.errors import TargetError
-from compressor.runtimes.graph_inputs import check_inputs
+from compressor.runtimes.graph_inputs import InputCheck
 from compressor.runtimes.runtime import Array, TensorSpec
 
 __all__ = ["OpenVino"]
 
 _IR_VERSION = 11
 """The newest version of the file format that is known here."""
+_STATIC_SHAPES = 4
+"""Shapes with a compiled model of their own, where the options leave it open."""
+_STATIC_LIMIT = 64 * 2**20
+"""Bytes of weights above which there are none then: the gain is in the small operators, the cost in the weights."""
 _COUNTED = 64
 """Shapes whose calls are counted."""
 
@@ -32,7 +36,7 @@ class OpenVino:
         options: ``device`` ("cpu", "gpu", "npu", "auto"), ``threads`` (0: the engine's choice), ``inference_precision``
             ("f32", "f16", "bf16" or "" for the device's default; a device without half arithmetic computes "f16" in
             float32), ``properties`` (as they are), ``static_shapes`` (so many shapes of the inputs get a compiled model
-            of their own, when they come for the second time).
+            of their own, when they come for the second time; None is 4 below 64 MB of weights, else 0).
 
     Raises:
         TargetError: OpenVINO is missing, has no such device, or cannot load the file.
@@ -63,26 +67,27 @@ class OpenVino:
         # names are the file's: compiling may merge an output with the tensor that it is a copy of
         self.inputs = _specs(model.inputs, self._model.inputs)
         self.outputs = _specs(model.outputs, self._model.outputs)
+        self._ready, self._names = InputCheck(self.inputs), [spec.name for spec in self.outputs]
         self._read, self._static = model, 0
         if any(port.get_partial_shape().is_dynamic for port in model.inputs):
-            self._static = int(options.get("static_shapes") or 0)
+            wanted = options.get("static_shapes")
+            self._static = _static_shapes(Path(path)) if wanted is None else int(wanted)
         self._calls: dict[_Shapes, int] = {}
         self._specialised: dict[_Shapes, _Request] = {}
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        ready = check_inputs(self.inputs, inputs)
-        arrays = [ready[spec.name] for spec in self.inputs]
+        arrays = list(self._ready(inputs).values())
+        shapes = tuple([array.shape for array in arrays])
         try:
-            results = self._request_for(tuple([array.shape for array in arrays]))(arrays)
+            results = (self._specialised.get(shapes) or self._request_for(shapes))(arrays)
         except Exception as error:  # the engine raises plain RuntimeErrors of many lines
             raise TargetError(f"OpenVINO failed: {_reason(error)}") from error
-        return {spec.name: result for spec, result in zip(self.outputs, results, strict=True)}
+        return dict(zip(self._names, results, strict=True))
 
     def _request_for(self, shapes: _Shapes) -> _Request:
-        """The request of the model that is compiled for these shapes, or of the one for any."""
-        if len(self._specialised) >= self._static or shapes in self._specialised:
-            found: _Request = self._specialised.get(shapes, self._any)
-            return found
+        """The request of a model to be compiled for these new shapes, or of the one for any."""
+        if len(self._specialised) >= self._static:
+            return self._any
         if len(self._calls) > _COUNTED:
             self._calls.clear()
         self._calls[shapes] = self._calls.get(shapes, 0) + 1
@@ -111,7 +116,8 @@ class OpenVino:
 class _Request:
     """A compiled model, called with arrays in the order of its inputs; gives copies of its outputs in their order.
 
-    `CompiledModel.__call__` would look all names and types up again, a tenth of a millisecond a call.
+    `CompiledModel.__call__` would look all names and types up again, a tenth of a millisecond a call, and `infer` would
+    copy all outputs once more if they were not shared.
     """
 
     def __init__(self, compiled: Any) -> None:
@@ -129,13 +135,19 @@ class _Request:
     def __call__(self, arrays: Sequence[Array]) -> list[Array]:
         if self._inputs is not None:
             for place, array in zip(self._inputs, arrays, strict=True):
-                np.copyto(place, array)
-            self._request.infer()
-            return [np.array(output) for output in self._outputs]
+                place[...] = array
+            self._request.infer(share_outputs=True)
+            return [output.copy() for output in self._outputs]
         for number, array in enumerate(arrays):
             self._request.set_input_tensor(number, self._tensor(_writable(array), shared_memory=True))
-        self._request.infer()
-        return [np.array(self._request.get_output_tensor(number).data) for number in range(self._count)]
+        self._request.infer(share_outputs=True)
+        return [self._request.get_output_tensor(number).data.copy() for number in range(self._count)]
+
+
+def _static_shapes(path: Path) -> int:
+    """How many shapes get a model of their own where nothing says it: by the size of the weights."""
+    weights = path.with_suffix(".bin") if path.suffix == ".xml" else path
+    return _STATIC_SHAPES if weights.is_file() and weights.stat().st_size <= _STATIC_LIMIT else 0
 
 
 def _precision(core: Any, device: str, asked: str) -> str:

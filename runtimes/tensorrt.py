@@ -13,7 +13,7 @@ import numpy as np
 
 from compressor.errors import ArtifactError, RequestError, TargetError
 from compressor.runtimes.gpu import nvidia_gpu
-from compressor.runtimes.graph_inputs import check_inputs
+from compressor.runtimes.graph_inputs import InputCheck
 from compressor.runtimes.runtime import Array, TensorSpec
 
 __all__ = ["TensorRt", "engine_messages", "import_tensorrt", "tensorrt_logger"]
@@ -99,9 +99,10 @@ class TensorRt:
         self._trt = trt
         self.inputs = tuple(self._spec(name) for name in ins)
         self.outputs = tuple(self._spec(name) for name in names if name not in ins)
+        self._ready = InputCheck(self.inputs)
 
     def __call__(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        ready = check_inputs(self.inputs, inputs)
+        ready = self._ready(inputs)
         for name, array in ready.items():
             if not self._context.set_input_shape(name, tuple(array.shape)):
                 low, _, high = self._engine.get_tensor_profile_shape(name, 0)

@@ -92,10 +92,17 @@ def test_openvino_compiles_as_many_shapes_of_their_own_as_it_may(files):
     run.close()
 
 
-def test_openvino_left_to_itself_keeps_one_model(files):
-    run = open_graph(files["openvino"], "openvino", {"threads": 1})
-    run_at(run, 1, 1, 1, 2)
-    assert not run._specialised
+def test_openvino_left_to_itself_compiles_shapes_of_light_graphs_alone(files, monkeypatch):
+    light = open_graph(files["openvino"], "openvino", {"threads": 1})
+    run_at(light, 1, 2, 3, 4, 5, 1, 2, 3, 4, 5, 5)
+    assert len(light._specialised) == 4
+    monkeypatch.setattr("compressor.runtimes.openvino._STATIC_LIMIT", -1)
+    heavy = open_graph(files["openvino"], "openvino", {"threads": 1})
+    run_at(heavy, 1, 1, 1, 2)
+    assert not heavy._specialised
+    never = open_graph(files["openvino"], "openvino", {"threads": 1, "static_shapes": 0})
+    run_at(never, 1, 1, 1, 2)
+    assert not never._specialised
 
 
 @pytest.mark.parametrize("engine", ENGINES)
