@@ -17,7 +17,7 @@ from compressor.exporters.onnx_graph import OnnxGraph
 from compressor.exporters.openvino import convert
 from compressor.exporters.quantized_export import Account
 from compressor.profiles.target import Target
-from compressor.runtimes.openvino import OpenVino
+from compressor.runtimes.openvino import OpenVino, shared_core
 from compressor.runtimes.runtime import Array, Run
 
 __all__ = ["OpenVinoQuantizer"]
@@ -227,9 +227,7 @@ def _adder(op: Any) -> Any:
 
 def _kernels(model: Any, device: str) -> dict[str, int]:
     """Kernels that run in eight bits on a device, by kind, as the compiled model tells."""
-    import openvino
-
-    compiled = openvino.Core().compile_model(model, device.upper(), {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = shared_core().compile_model(model, device.upper(), {"INFERENCE_PRECISION_HINT": "f32"})
     found: Counter[str] = Counter()
     for op in compiled.get_runtime_model().get_ops():
         facts = op.get_rt_info()

@@ -326,9 +326,9 @@ def _openvino(target: Target) -> Availability:
         return Availability(False, False, "OpenVINO is not installed", "pip install 'compressor[openvino]'", engine)
     if target.device.lower() in ("cpu", "auto"):
         return Availability(True, True, engine=engine)
-    import openvino
+    from compressor.runtimes.openvino import shared_core
 
-    devices = openvino.Core().available_devices
+    devices = shared_core().available_devices
     if not any(device.split(".")[0] == target.device.upper().split(".")[0] for device in devices):
         reason = f"OpenVINO finds no {target.device.upper()} here (it finds {', '.join(devices)}): built but not run"
         return Availability(True, False, reason, "", engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from compressor.errors import TargetError
 from compressor.runtimes.graph_inputs import InputCheck
 from compressor.runtimes.runtime import Array, TensorSpec
 
-__all__ = ["OpenVino"]
+__all__ = ["OpenVino", "shared_core"]
 
 _IR_VERSION = 11
 """The newest version of the file format that is known here."""
@@ -26,6 +27,20 @@ _COUNTED = 64
 
 _Shapes = tuple[tuple[int, ...], ...]
 """Shapes of all inputs."""
+
+
+@functools.cache
+def shared_core() -> Any:
+    """The one `openvino.Core` of this process, which lives as long as it: nobody should set properties of it.
+
+    A core's CPU plugin gives the thread that first compiles with it a stack for signal handlers, and takes it back when
+    the core and its models are gone. Of several cores that do not go in the reverse order of their coming, one leaves
+    the thread with a stack that is unmapped: the next signal, a Ctrl-C or the end of a time limit, then kills the
+    process without a word instead of being handled.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class OpenVino:
@@ -53,7 +68,7 @@ class OpenVino:
         if options.get("threads"):
             properties["INFERENCE_NUM_THREADS"] = int(options["threads"])
         try:
-            core = openvino.Core()
+            core = shared_core()
             if options.get("inference_precision"):
                 properties["INFERENCE_PRECISION_HINT"] = _precision(core, device, str(options["inference_precision"]))
             properties.update(options.get("properties") or {})

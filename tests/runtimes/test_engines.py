@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +105,17 @@ def test_openvino_left_to_itself_compiles_shapes_of_light_graphs_alone(files, mo
     never = open_graph(files["openvino"], "openvino", {"threads": 1, "static_shapes": 0})
     run_at(never, 1, 1, 1, 2)
     assert not never._specialised
+
+
+def test_signals_are_handled_after_engines_were_closed_in_the_order_of_their_opening(files):
+    script = (
+        "import signal, sys; from compressor.runtimes.load import open_graph\n"
+        "runs = [open_graph(sys.argv[1], 'openvino', {'threads': 1}) for _ in range(3)]\n"
+        "while runs: runs.pop(0).close()\n"
+        "try: signal.raise_signal(signal.SIGINT)\nexcept KeyboardInterrupt: print('handled')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(files["openvino"])], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 
 @pytest.mark.parametrize("engine", ENGINES)
