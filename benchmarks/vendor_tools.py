@@ -222,9 +222,14 @@ def take_turns(tools: Mapping[str, Tool]) -> dict[str, float]:
         logs = {name: stack.enter_context(tempfile.TemporaryFile("w+")) for name in tools}
         running = {}
         for name, tool in tools.items():
-            running[name] = subprocess.Popen(tool.command, stdout=logs[name], stderr=subprocess.STDOUT)
-            stack.callback(running[name].kill)
-            running[name].send_signal(signal.SIGSTOP)
+            try:
+                process = subprocess.Popen(tool.command, stdout=logs[name], stderr=subprocess.STDOUT)
+            except OSError as error:
+                raise CompressorError(f"{tool.command[0]} cannot be started: {error.strerror}") from error
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+            process.send_signal(signal.SIGSTOP)
+            running[name] = process
         while running:
             for name, process in list(running.items()):
                 process.send_signal(signal.SIGCONT)

@@ -84,10 +84,12 @@ def test_nvidia_tool_gets_the_same_arrays_and_its_latency_is_read(tools: ModuleT
     assert tools.take_turns({"theirs": tool}) == {"theirs": 0.45}
 
 
-def test_tool_that_prints_no_median_is_an_error_that_names_it(tools: ModuleType) -> None:
+def test_tool_that_does_not_start_or_prints_no_median_is_an_error_that_names_it(tools: ModuleType) -> None:
     def printing(text: str) -> object:
         return tools.Tool([sys.executable, "-c", f"print({text!r})"], r"Median:\s+([\d.]+) ms")
 
     with pytest.raises(CompressorError, match=r"gave no median: hello"):
         tools.take_turns({"theirs": printing("hello")})
     assert tools.take_turns({"theirs": printing("Median:   1.25 ms")}) == {"theirs": 1.25}
+    with pytest.raises(CompressorError, match=r"no-such-tool cannot be started: No such file"):
+        tools.take_turns({"ours": printing("Median: 1 ms"), "theirs": tools.Tool(["/no-such-tool"], "")})
